@@ -1,0 +1,221 @@
+"""bundle: a proved model.onnx and a target → a folder (and .tar.gz) that runs, and proves itself, on the device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekit import __version__, runner, tasks
+from edgekit.artifacts import (
+    Manifest,
+    RunFolder,
+    Tolerances,
+    file_table,
+    open_run,
+    read_json,
+    replacing_folder,
+    write_archive,
+    write_json,
+    write_text,
+)
+from edgekit.datasets import read_split
+from edgekit.errors import ArtifactError, ParityError
+from edgekit.recipe import recipe_sha256
+from edgekit.targets import Target
+
+CHECK_TIMEOUT_S = 300
+# Another JPEG decoder may move a pixel by a level or two; a conversion fault moves the outputs far more.
+OTHER_PIXELS_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A bundle that passed its own check on this machine."""
+
+    path: Path
+    archive: Path
+    size_bytes: int  # of the archive
+    checked: dict[str, Any]  # what `run.py check --json` said
+
+
+def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
+    """Builds dist/RUN-TARGET/ and dist/RUN-TARGET.tar.gz; the same inputs give the same bytes.
+
+    The bundle's check/ holds real validation images with the trained (torch) network's answers, and its own
+    `run.py check` must pass here, in a process of its own, before the folder appears.
+
+    Raises ArtifactError when the run was not exported or model.onnx is not the one that was proved, ParityError
+    when the check fails.
+    """
+    folder = open_run(run)
+    parity = _proof(folder)
+    path = dist / f"{folder.name}-{target.name}"
+    with replacing_folder(path) as temporary:
+        shutil.copyfile(runner.__file__, temporary / "run.py")
+        (temporary / "run.py").chmod(0o755)
+        shutil.copyfile(folder.onnx, temporary / "model.onnx")
+        _write_check(folder, temporary / "check")
+        write_text(temporary / "requirements.txt", "\n".join(target.requirements) + "\n")
+        write_text(temporary / "README.md", _readme(folder, target))
+        manifest = _manifest(folder, target, parity, file_table(temporary))
+        write_json(temporary / "manifest.json", manifest.to_json())
+        checked = _check(temporary)
+    archive = path.with_name(path.name + ".tar.gz")
+    write_archive(path, archive)
+    return Bundled(path, archive, archive.stat().st_size, checked)
+
+
+def _proof(folder: RunFolder) -> dict[str, Any]:
+    """parity.json, once it is certain that it speaks of this model.onnx."""
+    if not folder.onnx.is_file() or not folder.parity.is_file():
+        raise ArtifactError(f"{folder.path} has no proved model.onnx: run `edgekit export {folder.path}` first")
+    parity = read_json(folder.parity)
+    if parity.get("onnx_sha256") != runner.file_sha256(folder.onnx):
+        raise ArtifactError(f"{folder.onnx} is not the one that was proved: run `edgekit export {folder.path}` again")
+    return parity
+
+
+def _write_check(folder: RunFolder, check: Path) -> None:
+    """Copies the run's check images and writes what the trained network answers for them, from their bytes."""
+    spec, model = folder.read_spec(), tasks.load(folder)
+    check.mkdir()
+    rows = []
+    for source in folder.check_images():
+        shutil.copyfile(source, check / source.name)
+        pixels = runner.resize(runner.read_image(source), spec)
+        outputs = tasks.forward(model, runner.normalize(pixels[None], spec))
+        rows.append(
+            {
+                "file": source.name,
+                "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
+                "outputs": {name: _short(array) for name, array in outputs.items()},
+                "results": runner.POSTPROCESS[spec.task](outputs, spec, 5),
+            }
+        )
+    write_json(check / "expected.json", {"images": rows})
+
+
+def _short(array: np.ndarray) -> Any:
+    # Eight digits give back the same float32; fewer bytes than the float64 that JSON would print.
+    return np.vectorize(lambda x: float(f"{x:.8e}"), otypes=[float])(array).tolist()
+
+
+def _manifest(folder: RunFolder, target: Target, parity: dict[str, Any], files: dict[str, dict[str, Any]]) -> Manifest:
+    proved = tuple(
+        {"opencv": row["version"], "engine": row["engine"].removeprefix("opencv-")}
+        for row in parity["verdicts"]
+        if row["engine"].startswith("opencv-") and row["status"] == "ok"
+    )
+    return Manifest(
+        edgekit_version=__version__,
+        name=folder.name,
+        target=target.name,
+        spec=folder.read_spec().to_dict(),
+        backend=target.backend,
+        engine=target.engine,
+        precision=target.precision,
+        threads=target.threads,
+        proved=proved,
+        files=files,
+        tolerances=Tolerances(outputs=parity["tolerance"], outputs_other_pixels=OTHER_PIXELS_TOLERANCE),
+        latency_budget_ms=target.latency_budget_ms,
+        provenance=_provenance(folder),
+    )
+
+
+def _provenance(folder: RunFolder) -> dict[str, Any]:
+    """Where the network comes from: the same run gives the same answer, so no time stamps."""
+    recipe = folder.read_recipe()
+    metrics = read_json(folder.metrics) if folder.metrics.is_file() else {}
+    return {
+        "git_revision": _git_revision(folder.path),
+        "recipe_sha256": recipe_sha256(recipe),
+        "dataset_sha256": read_split(folder.split).sha256,
+        "weights_sha256": runner.file_sha256(folder.weights),
+        "backbone": recipe.model.backbone,
+        "top1": metrics.get("columns", {}).get("torch", {}).get("top1"),
+    }
+
+
+def _git_revision(folder: Path) -> str | None:
+    command = ["git", "-C", str(folder.resolve()), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+def _check(folder: Path) -> dict[str, Any]:
+    """Runs the bundle's own check as the device will. Raises ParityError where it does not pass."""
+    command = [sys.executable, str(folder / "run.py"), "check", "--json"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise ParityError(f"the bundle's check did not end within {CHECK_TIMEOUT_S} s on this machine") from None
+    if answer.returncode not in (0, 1) or not answer.stdout:
+        last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ParityError(f"the bundle's run.py failed here (exit {answer.returncode}): {last}")
+    checked: dict[str, Any] = json.loads(answer.stdout)
+    failed = [row for row in checked["images"] if not row["ok"]]
+    if failed:
+        raise ParityError(
+            f"the bundle does not answer as the trained network: {len(failed)} of {len(checked['images'])} check "
+            f"images differ, such as {failed[0]['file']} ({failed[0]['reason']}). Export it again"
+        )
+    return checked
+
+
+def _readme(folder: RunFolder, target: Target) -> str:
+    spec = folder.read_spec()
+    classes = ", ".join(spec.class_names[:10]) + (", …" if len(spec.class_names) > 10 else "")
+    return _README.format(
+        name=folder.name,
+        target=target.name,
+        description=target.description,
+        python=target.python,
+        opencv=target.opencv,
+        install=_indented(target.install),
+        classes=f"{len(spec.class_names)} ({classes})",
+        size=f"{spec.input_size[1]}×{spec.input_size[0]}",
+        images=len(folder.check_images()),
+    )
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
+
+
+_README = """# {name} for {target}
+
+{description}
+
+Network input {size} px; classes: {classes}. Needs Python {python}, numpy and OpenCV {opencv}; nothing else.
+
+## Install (once)
+
+{install}
+
+## Prove, then run
+
+    python3 run.py check                    # does this device compute what was trained?
+    python3 run.py infer photo.jpg          # a JSON line an image; also folders, globs, videos, rtsp:// URLs
+    python3 run.py infer --camera 0         # live; --draw DIR writes pictures with the answers on them
+    python3 run.py bench                    # latency here, stage by stage
+    python3 run.py info                     # what this bundle is
+
+From Python: `from run import Model; Model("path/to/this/folder")(image)` with a BGR image, as cv2.imread gives it.
+
+Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input. `run.py` refuses files that are not those that
+were built. `check/` holds {images} images of the validation data, with the trained network's answers: leave it out of
+what you publish if those images are private.
+"""

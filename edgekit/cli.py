@@ -1,0 +1,424 @@
+"""The commands, in the order in which they are used: the help is the pipeline.
+
+A command parses, calls one function, prints and sets the exit code. What it needs is imported when it runs, so that
+`edgekit --help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgekit import __version__
+from edgekit.errors import ArtifactError, EdgekitError, UsageError
+
+if TYPE_CHECKING:
+    from edgekit.datasets import Dataset
+    from edgekit.pipeline import Outcome
+    from edgekit.recipe import Recipe
+
+app = typer.Typer(
+    name="edgekit",
+    help="From a folder of labelled images to a bundle that runs, and proves itself, on an edge device.\n\n"
+    "Start with: [bold]edgekit demo[/bold], then [bold]edgekit finetune DATA[/bold], "
+    "[bold]edgekit bundle RUN[/bold], copy dist/… to the device, [bold]python3 run.py check[/bold].",
+    epilog="Exit codes: 0 ok, 1 a proof failed, 2 bad usage or bad input, 130 interrupted.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_DEBUG = "EDGEKIT_DEBUG"
+
+Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are.")]
+Dist = Annotated[Path, typer.Option("--dist", help="Where bundles go.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Run = Annotated[Path, typer.Argument(help="A run folder, as finetune makes it (runs/NAME).", show_default=False)]
+DataPath = Annotated[str, typer.Argument(help="Image folder (a folder a class) or CSV (path,label).")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"edgekit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ[_DEBUG] = "1"  # main() sees it, and so do processes that edgekit starts
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Where the demo's data, run and bundle go.")] = Path(
+        "edgekit-demo"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """The whole flow in a minute or two, on real handwritten digits: fine-tune, prove, bundle, run.
+
+    Needs no network and no data of yours.
+    """
+    from edgekit.demo import digits_recipe, write_digits
+    from edgekit.pipeline import Watch, pipeline
+    from edgekit.progress import display
+    from edgekit.targets import read_target
+
+    write_digits(folder / "data" / "digits")
+    runs = folder / "runs"
+    recipe = digits_recipe(folder / "data" / "digits", "")
+    with display() as show:
+        watch = Watch(on_stage=show.stage, on_step=show.step, on_epoch=show.epoch, on_image=show.images)
+        outcome = pipeline(recipe, read_target("cpu"), runs, folder / "dist", watch)
+        show.stage("bench")
+        latency = _bundle_json(outcome.bundled.path, "bench", "--seconds", "3", "--json")
+    _print_demo(outcome, latency, as_json)
+
+
+def _bundle_json(bundle: Path, *args: str) -> dict[str, Any]:
+    """Runs a bundle's own run.py in its own process; its JSON answer."""
+    answer = subprocess.run(
+        [sys.executable, str(bundle / "run.py"), *args], capture_output=True, text=True, check=False
+    )
+    if answer.returncode != 0:
+        raise ArtifactError(f"run.py {args[0]} failed: {answer.stderr.strip()}")
+    result: dict[str, Any] = json.loads(answer.stdout)
+    return result
+
+
+def _print_demo(outcome: Outcome, latency: dict[str, Any], as_json: bool) -> None:
+    from edgekit import report
+
+    metrics, bundled = outcome.evaluation.metrics, outcome.bundled
+    sizes = {
+        "torch": (outcome.trained.run / "model.safetensors").stat().st_size,
+        "onnx": outcome.exported.size_bytes,
+        "bundle": bundled.size_bytes,
+    }
+    if as_json:
+        _print_json(
+            {"run": outcome.trained.run, "bundle": bundled.path, **metrics, "size_bytes": sizes, "latency": latency}
+        )
+        return
+    _print_table(report.demo_table(metrics, sizes, latency))
+    rows = bundled.checked["images"]
+    typer.echo(f"check: {sum(row['ok'] for row in rows)} of {len(rows)} images as trained, by the bundle's own run.py")
+    typer.echo(f"report: {outcome.trained.run / 'report.html'}")
+    typer.echo("\nNext, with your own images (a folder a class):")
+    typer.echo("  edgekit finetune DATA           train; makes runs/NAME")
+    typer.echo("  edgekit bundle runs/NAME        prove and pack; makes dist/NAME-cpu and .tar.gz")
+    typer.echo(f"  edgekit run {bundled.path} infer {outcome.trained.run / 'check'}")
+
+
+@app.command()
+def init(
+    data: DataPath,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing recipe.")] = False,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Look at a data folder and write a commented recipe.toml, to be changed and given to finetune."""
+    from edgekit.artifacts import write_text
+    from edgekit.recipe import suggest, to_toml
+
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists already: choose another --output, or --force to overwrite it")
+    dataset = _read_data(suggest(data, ()), skip_bad)
+    write_text(output, to_toml(suggest(data, dataset.class_names)))
+    _print_data(dataset)
+    typer.echo(f"wrote {output}. Next: edgekit finetune --recipe {output}")
+
+
+@app.command()
+def finetune(
+    data: Annotated[str, typer.Argument(help="Image folder (a folder a class) or CSV (path,label).")] = "",
+    recipe: Annotated[Path | None, typer.Option(help="A recipe.toml, as init writes it.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this interrupted run.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the run folder.")] = "",
+    backbone: Annotated[str, typer.Option(help="See `edgekit backbones`.")] = "",
+    weights: Annotated[Path | None, typer.Option(help="Start from this .safetensors or .pth file.")] = None,
+    no_pretrained: Annotated[bool, typer.Option("--no-pretrained", help="Start from random weights.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Epochs for the last stages of the backbone.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Images a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=32, help="Side of the (square) network input, pixels.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
+    runs: Runs = Path("runs"),
+    skip_bad: SkipBad = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on a folder of labelled images; makes runs/NAME. Defaults are good: just give DATA.
+
+    First the new head learns, then the last stages of the pretrained backbone. Ctrl-C keeps what was reached.
+    """
+    changes = {
+        ("name",): name,
+        ("data", "path"): data,
+        ("model", "backbone"): backbone,
+        ("model", "weights"): str(weights) if weights else "",
+        ("model", "pretrained"): False if no_pretrained else None,
+        ("model", "input_size"): [image_size, image_size] if image_size else None,
+        ("train", "epochs"): epochs,
+        ("train", "batch_size"): batch_size,
+        ("train", "learning_rate"): learning_rate,
+        ("train", "seed"): seed,
+        ("train", "device"): device,
+    }
+    given = {key: value for key, value in changes.items() if value not in ("", None)}
+    if resume and (given or recipe):
+        raise UsageError("--resume continues a run as it was begun: give it alone, without DATA or other settings")
+    if not (resume or recipe or data):
+        raise UsageError("nothing to train on: give DATA (an image folder or CSV), --recipe FILE or --resume RUN")
+    from edgekit.finetune import finetune as stage
+    from edgekit.finetune import resume as continue_run
+    from edgekit.progress import display
+
+    if resume:
+        with display() as show:
+            done = continue_run(resume, on_step=show.step, on_epoch=show.epoch)
+    else:
+        chosen, dataset = _plan(recipe, given, skip_bad)
+        _print_data(dataset, to_stderr=True)
+        with display() as show:
+            done = stage(chosen, dataset, runs, on_step=show.step, on_epoch=show.epoch)
+    if as_json:
+        _print_json({"run": done.run, "best": vars(done.best), "epochs": len(done.history)})
+        return
+    early = " (stopped early: nothing better came)" if done.stopped_early else ""
+    typer.echo(f"best: top-1 {100 * done.best.val_top1:.2f} % in epoch {done.best.epoch} of {len(done.history)}{early}")
+    typer.echo(f"next: edgekit bundle {done.run}")
+
+
+def _plan(file: Path | None, changes: dict[tuple[str, ...], Any], skip_bad: bool) -> tuple[Recipe, Dataset]:
+    """The recipe file (or what suits the data) with the command line's changes on top, and the data."""
+    from edgekit.recipe import make_recipe, read_recipe, suggest
+
+    base = read_recipe(file) if file else suggest(changes[("data", "path")], ())
+    raw = base.model_dump(mode="json")
+    for key, value in changes.items():
+        section = raw if len(key) == 1 else raw[key[0]]
+        section[key[-1]] = value
+    recipe = make_recipe(raw, origin=str(file) if file else "the options")
+    dataset = _read_data(recipe, skip_bad)
+    if file is None:
+        recipe = recipe.model_copy(update={"augment": suggest(recipe.data.path, dataset.class_names).augment})
+    return recipe, dataset
+
+
+def _read_data(recipe: Recipe, skip_bad: bool) -> Dataset:
+    from edgekit.datasets import read_dataset
+    from edgekit.progress import display
+
+    data = recipe.data
+    with display() as show:
+        return read_dataset(
+            Path(data.path),
+            val_fraction=data.val_fraction,
+            split_seed=data.split_seed,
+            skip_bad=skip_bad,
+            progress=show.files,
+        )
+
+
+def _print_data(dataset: Dataset, to_stderr: bool = False) -> None:
+    from edgekit import report
+
+    typer.echo(
+        f"{len(dataset.train)} training and {len(dataset.val)} validation images in {len(dataset.class_names)} classes",
+        err=to_stderr,
+    )
+    if dataset.problems:
+        _print_table(report.problems_table(dataset.problems), to_stderr)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    bundle: Annotated[Path | None, typer.Option(help="Also measure this bundle, by its own run.py.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run on its validation images: torch, ONNX and bundle side by side.
+
+    Writes metrics.json, confusion.png, mistakes.jpg and report.html into the run folder.
+    """
+    from edgekit import report
+    from edgekit.evaluate import evaluate as stage
+    from edgekit.progress import display
+
+    with display() as show:
+        done = stage(run, bundle, on_image=show.images)
+    if as_json:
+        _print_json(done.metrics)
+        return
+    _print_table(report.metrics_table(done.metrics))
+    _print_table(report.per_class_table(done.metrics))
+    typer.echo(f"report: {run / 'report.html'}")
+
+
+@app.command()
+def export(run: Run, as_json: AsJson = False) -> None:
+    """Write model.onnx, proved against torch through ONNX Runtime and every engine of the OpenCV here.
+
+    Exit code 1, and no model.onnx, where an engine computes something else than torch did.
+    """
+    from edgekit.export import export as stage
+    from edgekit.progress import display
+
+    with display() as show:
+        done = stage(run, progress=show.stage)
+    if as_json:
+        _print_json(
+            {"model": done.model, "sha256": done.sha256, "size_bytes": done.size_bytes, "proofs": done.verdicts}
+        )
+        return
+    for row in done.verdicts:
+        typer.echo(f"{row.engine:<16} {row.version:<10} {row.status:<8} relative error {row.relative_error:.1e}")
+    typer.echo(f"wrote {done.model} ({done.size_bytes / 1e6:.1f} MB). Next: edgekit bundle {run}")
+
+
+@app.command()
+def bundle(
+    run: Run,
+    target: Annotated[str, typer.Option(help="A name from `edgekit targets`, or a .toml file.")] = "cpu",
+    dist: Dist = Path("dist"),
+    as_json: AsJson = False,
+) -> None:
+    """Pack a run for a target: dist/NAME-TARGET/ and .tar.gz, checked here by its own run.py.
+
+    Exports first where that was not done.
+    """
+    from edgekit.artifacts import open_run
+    from edgekit.bundle import bundle as stage
+    from edgekit.export import export as export_stage
+    from edgekit.progress import display
+    from edgekit.targets import read_target
+
+    chosen = read_target(target)
+    with display() as show:
+        if not open_run(run).onnx.is_file():
+            show.stage("export")
+            export_stage(run, progress=show.stage)
+        show.stage("bundle")
+        done = stage(run, chosen, dist)
+    if as_json:
+        _print_json(
+            {"bundle": done.path, "archive": done.archive, "size_bytes": done.size_bytes, "check": done.checked}
+        )
+        return
+    rows = done.checked["images"]
+    typer.echo(f"{done.path} and {done.archive.name} ({done.size_bytes / 1e6:.1f} MB)")
+    typer.echo(
+        f"check passed here: {len(rows)} of {len(rows)} images as trained, "
+        f"OpenCV {done.checked['conditions']['opencv']}"
+    )
+    typer.echo(f"next: copy {done.archive.name} to the device, unpack it there, python3 run.py check")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder (dist/NAME-TARGET).", show_default=False)],
+    args: Annotated[list[str] | None, typer.Argument(help="infer, check, bench, info and their options.")] = None,
+) -> None:
+    """Run a bundle here with its own run.py, in a process of its own: edgekit run BUNDLE infer photo.jpg"""
+    script = bundle / "run.py"
+    if not script.is_file():
+        raise ArtifactError(f"no bundle at {bundle} (it has no run.py): make one with `edgekit bundle RUN`")
+    try:
+        code = subprocess.run([sys.executable, str(script), *(args or [])], check=False).returncode
+    except KeyboardInterrupt:  # the child had it too, and has ended
+        code = 130
+    raise typer.Exit(code)
+
+
+@app.command()
+def targets(
+    name: Annotated[str, typer.Argument(help="Show this one.", show_default=False)] = "",
+    as_json: AsJson = False,
+) -> None:
+    """The devices that bundles are built for."""
+    from edgekit.targets import read_target, target_names
+
+    chosen = [read_target(name)] if name else [read_target(each) for each in target_names()]
+    if as_json:
+        _print_json([target.model_dump(mode="json") for target in chosen])
+    elif name:
+        for key, value in chosen[0].model_dump(mode="json").items():
+            typer.echo(f"{key:<18} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    else:
+        for target in chosen:
+            typer.echo(f"{target.name:<12} {target.description}")
+
+
+@app.command()
+def backbones(as_json: AsJson = False) -> None:
+    """The recommended backbones; any classification network of timm or torchvision works by name."""
+    from edgekit.backbones import BACKBONES
+
+    if as_json:
+        _print_json([{"name": name, "recommended": True, **vars(row)} for name, row in BACKBONES.items()])
+        return
+    from edgekit import report
+
+    _print_table(report.backbones_table(BACKBONES))
+    typer.echo("Others by name: timm:NAME or torchvision:NAME.")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine can do, what is missing, and how to get it."""
+    from edgekit.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json(findings)
+        return
+    marks = {True: "ok", False: "missing", None: "-"}
+    for finding in findings:
+        advice = f"  → {finding.advice}" if finding.advice else ""
+        typer.echo(f"{marks[finding.ok]:<8} {finding.topic:<22} {finding.value}{advice}")
+
+
+def _print_table(table: object, to_stderr: bool = False) -> None:
+    from rich.console import Console
+
+    Console(stderr=to_stderr).print(table)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False))
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else vars(value)
+
+
+def main() -> None:
+    """Runs the command line; every error that a user can mend is one line on stderr and an exit code."""
+    try:
+        app()
+    except Exception as error:
+        from edgekit.runner import RunnerError
+
+        if os.environ.get(_DEBUG) or not isinstance(error, EdgekitError | RunnerError):
+            raise
+        typer.echo(f"edgekit: {error}", err=True)
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+if __name__ == "__main__":
+    main()

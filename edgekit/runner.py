@@ -1,0 +1,954 @@
+"""The device half of edgekit: one file, standard library + numpy + OpenCV.
+
+`edgekit bundle` copies this file byte for byte into every bundle as `run.py`; training, evaluation, calibration
+and proofs import it as `edgekit.runner`. So the pixels that a network was trained on, and the answer that is
+read from its output, are made by the same code everywhere.
+
+    python3 run.py infer SOURCE ...   images, folders, globs, videos, URLs, --camera N  → a JSON line each
+    python3 run.py check              the bundle's own images against the trained model's answers
+    python3 run.py bench              latency here, stage by stage
+    python3 run.py info               what this bundle is, and what it meets on this device
+
+    from run import Model
+    results = Model("bundle")(cv2.imread("photo.jpg"))
+
+Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input, 130 interrupted.
+Python >= 3.8, OpenCV >= 4.5.4 and 5.0, numpy 1 and 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence
+
+try:
+    import cv2
+    import numpy as np
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    needs = Path(__file__).resolve().with_name("requirements.txt")
+    print(f"run.py: {error}. It needs numpy and OpenCV: python3 -m pip install -r {needs}", file=sys.stderr)
+    sys.exit(2)
+
+SCHEMA = "edgekit.bundle/1"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".mjpeg")
+
+Results = List[Dict[str, Any]]
+Outputs = Dict[str, np.ndarray]
+
+
+class RunnerError(Exception):
+    """Something that the person at the device can mend. Ends a command with exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Spec: what goes into the network and what comes out
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that turns an image into the network's input and its output into an answer.
+
+    Saved at fine-tuning (spec.json) and copied unchanged into the bundle's manifest.
+    """
+
+    task: str  # "classify"
+    input_size: tuple[int, int]  # (height, width) in pixels
+    resize: str  # "stretch": all of the image, aspect ratio lost; "crop": its centre, aspect ratio kept
+    interpolation: str  # "linear", or "area": averages where the image shrinks
+    color_order: str  # what the network was trained on: "rgb" or "bgr"
+    mean_255: tuple[float, float, float]  # in 0..255, in color_order
+    std_255: tuple[float, float, float]  # in 0..255, in color_order
+    class_names: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers, for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(raw: dict[str, Any]) -> Spec:
+        """The inverse of to_dict. Raises RunnerError for a missing, unknown or impossible value."""
+        known = set(Spec.__dataclass_fields__)
+        if not isinstance(raw, dict) or set(raw) != known:
+            odd = sorted(set(raw) ^ known) if isinstance(raw, dict) else [f"it is a {type(raw).__name__}"]
+            raise RunnerError(f"the spec's keys differ from this run.py's: {', '.join(odd)}. Build the bundle again")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        spec = Spec(**values)
+        choices = {
+            "task": tuple(POSTPROCESS),
+            "resize": ("stretch", "crop"),
+            "interpolation": ("linear", "area"),
+            "color_order": ("rgb", "bgr"),
+        }
+        for key, allowed in choices.items():
+            if getattr(spec, key) not in allowed:
+                raise RunnerError(f"the spec's {key} is {getattr(spec, key)!r}; this run.py knows {', '.join(allowed)}")
+        possible = {
+            "input_size": _all_are(spec.input_size, int, 2) and min(spec.input_size) >= 1,
+            "mean_255": _all_are(spec.mean_255, (int, float), 3) and all(map(math.isfinite, spec.mean_255)),
+            "std_255": _all_are(spec.std_255, (int, float), 3) and all(0 < std < math.inf for std in spec.std_255),
+            "class_names": _all_are(spec.class_names, str) and len(spec.class_names) >= 1,
+        }
+        for key, holds in possible.items():
+            if not holds:
+                raise RunnerError(f"the spec's {key} cannot be {repr(raw[key])[:80]}. Build the bundle again")
+        return spec
+
+
+def _all_are(values: Any, kind: Any, count: int | None = None) -> bool:
+    """Whether it is a tuple of `count` values of a kind. A bool is no number here."""
+    right = isinstance(values, tuple) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+    return right and count in (None, len(values))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Image → network input
+
+
+def decode(data: bytes) -> np.ndarray:
+    """The bytes of an image file → uint8 (H, W, 3) BGR, upright (EXIF obeyed), 8 bits, without alpha.
+
+    (EXIF in PNG is obeyed from OpenCV 4.6, in WebP from 4.13.) Raises RunnerError where they are empty, cut off, or
+    cannot be decoded.
+    """
+    if not data:
+        raise RunnerError("the file is empty")
+    if jpeg_is_cut_off(data):
+        raise RunnerError("the JPEG file is cut off: copy it again")
+    # imdecode and not imread: imread cannot open paths with other alphabets on Windows.
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise RunnerError(f"OpenCV cannot decode it: {_first_line(error)}") from None
+    if image is None:
+        raise RunnerError("not an image that OpenCV can decode")
+    return image
+
+
+def jpeg_is_cut_off(data: bytes) -> bool:
+    """Whether the bytes begin as a JPEG and lack its end mark.
+
+    OpenCV refuses such a file from 4.11 on. Before, it fills the rest with grey, or with what the memory held.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    # From segment to segment up to the pixels: a thumbnail inside the EXIF segment has an end mark of its own.
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xDA:  # start of scan: after it, FF D9 can only be the end mark
+            return data.find(b"\xff\xd9", position) < 0
+        is_fill = marker == 0xFF
+        position += 1 if is_fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return position + 4 > len(data)  # else: no JPEG structure; the decoder will say so
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file → uint8 (H, W, 3) BGR. Raises RunnerError where it cannot be read or decoded."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunnerError(error.strerror or str(error)) from None
+    except ValueError as error:  # a name with a zero byte
+        raise RunnerError(str(error)) from None
+    return decode(data)
+
+
+def resize(image: np.ndarray, spec: Spec) -> np.ndarray:
+    """uint8 (H, W, 3) → uint8 (h, w, 3), the network's size. Raises RunnerError for anything else than such an image.
+
+    "linear" is bit for bit the same on every OpenCV. "area" is computed in float: the same in the x86-64 wheels
+    from 4.5.4 to 5.0, a level apart at most elsewhere.
+    """
+    shape: tuple[int, ...] = getattr(image, "shape", ())
+    dtype = getattr(image, "dtype", None)
+    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        found = f"{type(image).__name__}, {dtype}, shape {shape}"
+        raise RunnerError(f"expected an image as an array, uint8, shape (height, width, 3), BGR; found {found}")
+    height, width = spec.input_size
+    if spec.resize == "crop":
+        image = _center_crop(image, width / height)
+    shrinks = image.shape[0] >= height and image.shape[1] >= width
+    # INTER_LINEAR has per-platform fast paths that round differently; INTER_LINEAR_EXACT is specified bit for bit.
+    flag = cv2.INTER_AREA if spec.interpolation == "area" and shrinks else cv2.INTER_LINEAR_EXACT
+    try:
+        return cv2.resize(image, (width, height), interpolation=flag)
+    except cv2.error as error:  # no memory; 4.5.4 also refuses an image of one pixel
+        raise RunnerError(f"OpenCV {cv2.__version__} cannot resize it: {_first_line(error)}") from None
+
+
+def _center_crop(image: np.ndarray, aspect: float) -> np.ndarray:
+    """The largest centred part of the image with the given width / height."""
+    height, width = image.shape[:2]
+    new_height = min(height, max(1, round(width / aspect)))
+    new_width = min(width, max(1, round(height * aspect)))
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    return image[top : top + new_height, left : left + new_width]
+
+
+def normalize(images: np.ndarray, spec: Spec) -> np.ndarray:
+    """uint8 (N, h, w, 3) BGR → float32 (N, 3, h, w) in the spec's colour order, (x - mean) / std."""
+    blob: np.ndarray = cv2.dnn.blobFromImages(list(images), swapRB=spec.color_order == "rgb")
+    blob -= np.array(spec.mean_255, np.float32).reshape(1, 3, 1, 1)
+    blob *= np.float32(1.0) / np.array(spec.std_255, np.float32).reshape(1, 3, 1, 1)
+    return blob
+
+
+def preprocess(image: np.ndarray, spec: Spec) -> np.ndarray:
+    """uint8 (H, W, 3) BGR → float32 (1, 3, h, w)."""
+    return normalize(resize(image, spec)[None], spec)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Network output → answer
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """float (..., C) → float (..., C), each row ≥ 0 and summing to 1."""
+    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    scores: np.ndarray = exponents / exponents.sum(axis=-1, keepdims=True)
+    return scores
+
+
+def classify(outputs: Outputs, spec: Spec, top_k: int = 5) -> Results:
+    """{"logits": (1, C)} → the top_k classes (0: all), best first, as {"label", "class_id", "score"}.
+
+    Raises RunnerError where the network gave NaN or infinite values.
+    """
+    logits = outputs["logits"].reshape(-1).astype(np.float64)
+    if not np.isfinite(logits).all():
+        raise RunnerError("the network's output is not finite: run `python3 run.py check`")
+    scores = softmax(logits)
+    order = np.argsort(-scores, kind="stable")[: top_k or None]
+    return [{"label": spec.class_names[i], "class_id": int(i), "score": float(scores[i])} for i in order]
+
+
+POSTPROCESS: dict[str, Callable[[Outputs, Spec, int], Results]] = {"classify": classify}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Session: one network, one engine, one backend
+
+
+def opencv_version(text: str = cv2.__version__) -> tuple[int, int, int]:
+    """(major, minor, patch) of an OpenCV, the one in use if none is named; suffixes like "-pre" are left out."""
+    major, minor, patch = (int(number) for number in (*re.findall(r"\d+", text.split("-")[0]), "0", "0", "0")[:3])
+    return major, minor, patch
+
+
+def engines() -> tuple[str, ...]:
+    """The inference engines of this OpenCV: "classic" in 4.x; "new", its default, and "classic" in 5.0."""
+    return ("new", "classic") if hasattr(cv2.dnn, "ENGINE_NEW") else ("classic",)
+
+
+class Session:
+    """A loaded ONNX file. It stays on the engine and backend that it was opened with.
+
+    (Switching the backend of a live net gives wrong results: opencv #14965.)
+    """
+
+    def __init__(self, model: Path, engine: str = "auto", threads: int = 0) -> None:
+        """engine: "auto", or one of engines(). threads: 0 leaves OpenCV's choice. Raises RunnerError."""
+        if engine not in ("auto", *engines()):
+            have = ", ".join(engines())
+            raise RunnerError(f"OpenCV {cv2.__version__} has no engine {engine!r} (it has: {have})")
+        if threads:
+            cv2.setNumThreads(threads)
+        try:
+            self._net = _read_net(_opencv_path(model), engine)
+        except cv2.error as error:
+            raise RunnerError(f"OpenCV {cv2.__version__} cannot load {model}: {_first_line(error)}") from None
+        self._output_names = list(self._net.getUnconnectedOutLayersNames())
+        # The new engine has layer types of its own. AUTO may fall back to classic, so what runs is asked, not assumed.
+        is_new = any(kind in ("Conv2", "TransformLayout") for kind in self._net.getLayerTypes())
+        self.engine = "new" if is_new else engine if engine != "auto" else "classic"
+        self.threads = cv2.getNumThreads()
+
+    def __call__(self, blob: np.ndarray) -> Outputs:
+        """float32 (1, 3, h, w) → {output name: float32 array}. Raises RunnerError where OpenCV fails."""
+        try:
+            self._net.setInput(blob)
+            arrays = self._net.forward(self._output_names)
+        except cv2.error as error:
+            raise RunnerError(f"OpenCV {cv2.__version__} cannot run the model: {_first_line(error)}") from None
+        return dict(zip(self._output_names, arrays))
+
+
+def _read_net(model: str, engine: str) -> Any:
+    if len(engines()) == 1:  # the argument does not exist in 4.x
+        return cv2.dnn.readNetFromONNX(model)
+    codes = {"auto": cv2.dnn.ENGINE_AUTO, "new": cv2.dnn.ENGINE_NEW, "classic": cv2.dnn.ENGINE_CLASSIC}
+    return cv2.dnn.readNetFromONNX(model, codes[engine])
+
+
+def _opencv_path(path: os.PathLike[str] | str) -> str:
+    """A path as OpenCV takes it, UTF-8 whatever the locale. Raises RunnerError where the name is not UTF-8."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeError:  # OpenCV's Python functions end the process with a segmentation fault
+        raise RunnerError(f"OpenCV cannot open {str(path)!a}, whose name is not UTF-8: rename it") from None
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bundle: the manifest, and the model behind it
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a manifest's canonical JSON, without its own "sha256" key."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(bundle: Path) -> dict[str, Any]:
+    """Reads manifest.json and verifies it and every file that it lists. Raises RunnerError at the first mismatch."""
+    path = bundle / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+    except OSError as error:
+        raise RunnerError(f"no bundle at {bundle}: cannot read manifest.json ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise RunnerError(f"{path} is damaged: copy the bundle again") from None
+    if schema != SCHEMA:
+        raise RunnerError(f"{path} has schema {schema!r}; this run.py reads {SCHEMA!r}. Use the bundle's own run.py")
+    if manifest.get("sha256") != manifest_sha256(manifest):
+        raise RunnerError(f"{path} was changed after it was built: copy the bundle again")
+    for name, entry in sorted(manifest["files"].items()):
+        try:
+            actual = file_sha256(bundle / name)
+        except OSError as error:
+            raise RunnerError(f"the bundle's {name} cannot be read ({error.strerror}): copy the bundle again") from None
+        if actual != entry["sha256"]:
+            raise RunnerError(f"the bundle's {name} is not the file that was built: copy the bundle again")
+    return manifest
+
+
+class Model:
+    """A bundle, verified and loaded: `Model("bundle")(image)`."""
+
+    def __init__(self, bundle: os.PathLike[str] | str, threads: int | None = None) -> None:
+        """threads: None takes the manifest's, 0 OpenCV's choice. Raises RunnerError."""
+        self.bundle = Path(bundle)
+        self.manifest = read_manifest(self.bundle)
+        self.spec = Spec.from_dict(self.manifest["spec"])
+        self.session = Session(
+            self.bundle / "model.onnx",
+            engine=proved_engine(self.manifest) or "auto",
+            threads=self.manifest["threads"] if threads is None else threads,
+        )
+
+    def __call__(self, image: np.ndarray, top_k: int = 5) -> Results:
+        """uint8 (H, W, 3) BGR → results, best first, as the task's postprocessing defines them."""
+        return POSTPROCESS[self.spec.task](self.session(preprocess(image, self.spec)), self.spec, top_k)
+
+    def conditions(self) -> dict[str, Any]:
+        """What a figure from this model depends on, as found here."""
+        return {
+            "opencv": cv2.__version__,
+            "engine": self.session.engine,
+            "backend": self.manifest["backend"],
+            "precision": self.manifest["precision"],
+            "threads": self.session.threads,
+            "machine": platform.machine(),
+            "cpu": cpu_name(),
+            "python": platform.python_version(),
+            "proved_on_this_opencv": proved_engine(self.manifest) is not None,
+        }
+
+
+def proved_engine(manifest: dict[str, Any]) -> str | None:
+    """The first engine that the bundle was proved with on this OpenCV; None where it was proved with none."""
+    here = opencv_version()
+    return next((row["engine"] for row in manifest["proved"] if opencv_version(row["opencv"]) == here), None)
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it, else its architecture."""
+    for path, key in (("/proc/device-tree/model", ""), ("/proc/cpuinfo", "model name")):
+        with contextlib.suppress(OSError):
+            text = Path(path).read_text(encoding="utf-8", errors="replace")
+            lines = [line.split(":")[-1].strip(" \0\t") for line in text.splitlines() if line.startswith(key)]
+            if lines:
+                return lines[0]
+    return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources: what `infer` reads
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image to answer for, or the reason why there is none."""
+
+    source: str
+    image: np.ndarray | None = None
+    error: str = ""
+    frame: int | None = None  # number in a video or camera stream, from 0
+    seconds: float | None = None  # position in a video file, where its frame rate is known
+    fps: float = 0.0  # of a video; 0: a still image or unknown
+
+
+def frames(sources: Sequence[str]) -> Iterator[Frame]:
+    """Files, folders, globs, videos and URLs → frames, in order. What cannot be read is a Frame with an error."""
+    for source in sources:
+        if "://" in source:
+            yield from _video_frames(source, source, live=not source.startswith(("http", "file")))
+            continue
+        try:
+            paths = _expand(source)
+        except RunnerError as error:
+            yield Frame(source, error=str(error))
+            continue
+        for path in paths:
+            # OpenCV does not say why it cannot open a video: reading a missing one as an image does.
+            if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+                yield from _video_frames(str(path), str(path))
+            else:
+                yield _still(path)
+
+
+def _expand(source: str) -> list[Path]:
+    """The files that a source means, sorted. Raises RunnerError where there are none."""
+    path = Path(source)
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name that is too long
+        raise RunnerError(error.strerror or str(error)) from None
+    if not source:  # as in `infer "$FORGOTTEN"`, which would mean all of the working directory
+        raise RunnerError("a source with an empty name")
+    if is_folder:
+        matches = [path]
+    elif not exists and glob.has_magic(source):
+        matches = [Path(name) for name in glob.glob(source, recursive=True)]  # noqa: PTH207 - it may be absolute
+    else:
+        return [path]
+    files = {file for match in matches for file in (_media(match) if match.is_dir() else [match])}
+    if not files:
+        raise RunnerError("no image or video in this folder" if is_folder else "nothing matches")
+    return sorted(files)
+
+
+def _media(folder: Path) -> list[Path]:
+    """The images and videos below a folder, by their suffix. Links that lead nowhere too: their errors are told."""
+
+    def refuse(error: OSError) -> None:
+        raise RunnerError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+    files = (Path(base, name) for base, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return [file for file in files if file.suffix.lower() in suffixes]
+
+
+def _still(path: Path) -> Frame:
+    try:
+        return Frame(str(path), image=read_image(path))
+    except RunnerError as error:
+        return Frame(str(path), error=str(error))
+
+
+def _video_frames(name: str, address: Any, live: bool = False) -> Iterator[Frame]:
+    """address: a path, a URL or a camera's number, as cv2.VideoCapture takes it. live: it has no end of its own."""
+    try:
+        capture = cv2.VideoCapture(address if isinstance(address, int) else _opencv_path(address))
+    except RunnerError as error:
+        yield Frame(name, error=str(error))
+        return
+    try:
+        fps = float(capture.get(cv2.CAP_PROP_FPS))
+        fps = fps if 0 < fps <= 1000 else 0.0  # unknown: OpenCV says 0, -1, NaN or a time base such as 90000
+        is_timed = fps > 0 and not live
+        number = 0
+        while True:
+            ok, image = capture.read()
+            if not ok:
+                break
+            yield Frame(name, image=image, frame=number, seconds=number / fps if is_timed else None, fps=fps)
+            number += 1
+        if number == 0:
+            yield Frame(name, error="cannot be opened as a video: missing, damaged, or a codec this OpenCV lacks")
+        elif live:
+            yield Frame(name, error=f"the stream broke off after {number} frames")
+    finally:
+        capture.release()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def draw(image: np.ndarray, results: Results) -> np.ndarray:
+    """uint8 (H, W, 3) BGR → a copy, at least 320 px wide, with the three best answers written under the image."""
+    factor = math.ceil(320 / max(image.shape[:2]))
+    canvas = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
+    width = max(320, canvas.shape[1])
+    shown = results[:3]
+    step = max(18, width * 3 // 64)  # from line to line; everything else is a share of it
+    below = step * len(shown) + step // 3
+    edges = (0, below, 0, width - canvas.shape[1])
+    canvas = cv2.copyMakeBorder(canvas, *edges, cv2.BORDER_CONSTANT, value=(32, 32, 32))
+    margin, scale, thickness = step // 3, step / 38, max(1, round(step / 24))
+    right = margin + _text_width("100.0 %", scale, thickness)  # where the scores end
+    column = right + 2 * margin
+    for row, result in enumerate(shown):
+        # OpenCV 4's putText has ASCII only; the JSON line always has the true label.
+        label = result["label"] if result["label"].isascii() else f"class {result['class_id']}"
+        label = _cut(label, width - column - margin, scale, thickness)
+        y = canvas.shape[0] - step * (len(shown) - row - 1) - step // 2
+        color = (255, 255, 255) if row == 0 else (170, 170, 170)
+        score = f"{100 * result['score']:.1f} %"
+        for x, text in ((right - _text_width(score, scale, thickness), score), (column, label)):
+            cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, scale, color, thickness, cv2.LINE_AA)
+    return canvas
+
+
+def _cut(text: str, width: int, scale: float, thickness: int) -> str:
+    """The text, shortened with dots to at most `width` px."""
+    shown, length = text, len(text)
+    while length and _text_width(shown, scale, thickness) > width:
+        length -= 1
+        shown = text[:length].rstrip() + "..."
+    return shown
+
+
+def _text_width(text: str, scale: float, thickness: int) -> int:
+    return int(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)[0][0])
+
+
+class Drawings:
+    """Writes drawn images (JPEG) and videos (Motion JPEG in AVI, which every OpenCV can write) into a folder.
+
+    A file that is there already is never written over: the folder may be the one that the images are in.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder. Raises RunnerError where it cannot."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunnerError(f"cannot make the folder {folder}: {error.strerror}") from None
+        self._folder = folder
+        self._names: dict[str, int] = {}
+        self._video: tuple[str, Any] | None = None
+
+    def add(self, frame: Frame, results: Results) -> None:
+        """Draws one frame. Frames of one video follow each other and go into one file. Raises RunnerError."""
+        assert frame.image is not None
+        canvas = draw(frame.image, results)
+        if frame.frame is None:
+            self._write_image(self._free_name(frame.source, ".jpg"), canvas)
+            return
+        if self._video is None or self._video[0] != frame.source or frame.frame == 0:
+            self.close()
+            path = self._free_name(frame.source, ".avi")
+            size = (canvas.shape[1], canvas.shape[0])
+            writer = cv2.VideoWriter(_opencv_path(path), cv2.VideoWriter.fourcc(*"MJPG"), frame.fps or 25.0, size)
+            if not writer.isOpened():
+                raise RunnerError(f"OpenCV {cv2.__version__} cannot write the video {path}")
+            self._video = (frame.source, writer)
+        self._video[1].write(canvas)
+
+    def close(self) -> None:
+        """Ends the video that is being written."""
+        if self._video is not None:
+            self._video[1].release()
+            self._video = None
+
+    def _free_name(self, source: str, suffix: str) -> Path:
+        """NAME.jpg, or NAME-2.jpg, NAME-3.jpg, ... where that exists."""
+        stem = Path(source.split("?")[0].rstrip("/")).stem.replace(":", "-") or "source"
+        while True:
+            count = self._names[stem] = self._names.get(stem, 0) + 1
+            path = self._folder / f"{stem if count == 1 else f'{stem}-{count}'}{suffix}"
+            if not path.exists():
+                return path
+
+    @staticmethod
+    def _write_image(path: Path, canvas: np.ndarray) -> None:
+        try:
+            ok, data = cv2.imencode(path.suffix, canvas)
+        except cv2.error:
+            ok = False
+        if not ok:
+            height, width = canvas.shape[:2]
+            raise RunnerError(f"OpenCV {cv2.__version__} cannot write {path}: {width} x {height} pixels are too many")
+        try:
+            path.write_bytes(data.tobytes())
+        except OSError as error:
+            raise RunnerError(f"cannot write {path}: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Check: does this device compute what was trained?
+
+
+def check(model: Model) -> list[dict[str, Any]]:
+    """Runs the bundle's own images, from file bytes to answer, against the trained model's stored answers.
+
+    → a row an image: {"file", "ok", "pixels_identical", "relative_error", "expected", "actual", "reason"}.
+    relative_error: largest difference of any output, as a share of that output's largest value.
+    Where the decoded and resized pixels are the workstation's, bit for bit, the outputs must agree within the
+    manifest's tolerance. Where another JPEG decoder gave other pixels, the looser `outputs_other_pixels` holds.
+    """
+    return [_check_image(model, row) for row in _expected(model)]
+
+
+def _expected(model: Model) -> list[dict[str, Any]]:
+    """check/expected.json: a row an image, {"file", "pixels_sha256", "outputs", "results"}."""
+    rows: list[dict[str, Any]] = json.loads((model.bundle / "check" / "expected.json").read_text("utf-8"))["images"]
+    return rows
+
+
+def _check_image(model: Model, expected: dict[str, Any]) -> dict[str, Any]:
+    tolerances = model.manifest["tolerances"]
+    outputs: Outputs = {}
+    identical, reason = False, ""
+    try:
+        pixels = resize(read_image(model.bundle / "check" / expected["file"]), model.spec)
+        identical = hashlib.sha256(pixels.tobytes()).hexdigest() == expected["pixels_sha256"]
+        outputs = model.session(normalize(pixels[None], model.spec))
+    except RunnerError as error:
+        reason = str(error)
+    tolerance = tolerances["outputs" if identical else "outputs_other_pixels"]
+    relative_error = max(
+        relative_difference(outputs.get(name), np.array(values, np.float32))
+        for name, values in expected["outputs"].items()
+    )
+    actual = POSTPROCESS[model.spec.task](outputs, model.spec, 1) if relative_error < math.inf else []
+    if not reason and not relative_error <= tolerance:
+        reason = f"outputs differ by {relative_error:.2g} of the largest; at most {tolerance:g} is allowed"
+    return {
+        "file": expected["file"],
+        "ok": not reason,
+        "pixels_identical": identical,
+        "relative_error": relative_error if math.isfinite(relative_error) else None,
+        "expected": expected["results"][:1],
+        "actual": actual,
+        "reason": reason,
+    }
+
+
+def relative_difference(actual: np.ndarray | None, expected: np.ndarray) -> float:
+    """max |actual - expected| / max |expected|; infinite for a missing output, another shape or a NaN."""
+    if actual is None or actual.shape != expected.shape or not np.isfinite(actual).all():
+        return math.inf
+    return float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bench: latency, stage by stage
+
+STAGES = ("decode", "preprocess", "forward", "postprocess")
+
+
+def bench(model: Model, seconds: float = 5.0, min_iterations: int = 20) -> dict[str, Any]:
+    """Latency on the bundle's own images, one at a time, in ms: {"first_ms", "iterations", "end_to_end_ms", ...}.
+
+    Warms up for a fifth of the time; then each stage is timed apart in every iteration.
+    """
+    data = [(model.bundle / "check" / row["file"]).read_bytes() for row in _expected(model)]
+    first_ms = sum(_time_stages(model, data[0]).values())
+    warm_until = time.perf_counter() + seconds / 5
+    while time.perf_counter() < warm_until:
+        _time_stages(model, data[0])
+    samples: list[dict[str, float]] = []
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(samples) < min_iterations:
+        samples.append(_time_stages(model, data[len(samples) % len(data)]))
+    report: dict[str, Any] = {"iterations": len(samples), "first_ms": first_ms}
+    report["end_to_end_ms"] = percentiles([sum(sample.values()) for sample in samples])
+    for stage in STAGES:
+        report[f"{stage}_ms"] = percentiles([sample[stage] for sample in samples])
+    report["conditions"] = model.conditions()
+    return report
+
+
+def _time_stages(model: Model, data: bytes) -> dict[str, float]:
+    marks = [time.perf_counter_ns()]
+    image = decode(data)
+    marks.append(time.perf_counter_ns())
+    blob = preprocess(image, model.spec)
+    marks.append(time.perf_counter_ns())
+    outputs = model.session(blob)
+    marks.append(time.perf_counter_ns())
+    POSTPROCESS[model.spec.task](outputs, model.spec, 5)
+    marks.append(time.perf_counter_ns())
+    return {stage: (end - start) / 1e6 for stage, start, end in zip(STAGES, marks, marks[1:])}
+
+
+def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
+    """p50 always; p90 from 64 samples and p99 from 662, else None.
+
+    From there on two samples or more lie above the true percentile with 99 % confidence, so that one stray sample
+    does not make the figure: p ** n + n * (1 - p) * p ** (n - 1) ≤ 1 % at n = 64 for p = 0.9 and 662 for p = 0.99.
+    """
+    floors = {"p50": 1, "p90": 64, "p99": 662}
+    return {
+        name: float(np.percentile(samples, int(name[1:]))) if len(samples) >= floor else None
+        for name, floor in floors.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def _infer(args: argparse.Namespace) -> int:
+    sources = [*args.sources, *(_read_list(args.list) if args.list else ())]
+    if bool(sources) == (args.camera is not None):
+        raise RunnerError("infer needs a SOURCE (image, folder, glob, video, URL) or --list FILE, or else --camera N")
+    model = Model(args.bundle, args.threads)
+    _warn_unproved(model)
+    stream = frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True)
+    drawings = Drawings(args.draw) if args.draw else None
+    failed = False
+    try:
+        for count, frame in enumerate(stream, start=1):
+            results, error = _answer(model, frame, args.top_k)
+            print(json.dumps(_line(frame, results, error), ensure_ascii=False), flush=True)
+            failed = failed or bool(error)
+            if drawings and not error:
+                drawings.add(frame, results)
+            if count == args.frames:
+                break
+    finally:
+        if drawings:
+            drawings.close()
+    return 2 if failed else 0
+
+
+def _answer(model: Model, frame: Frame, top_k: int) -> tuple[Results, str]:
+    """(results, "") or ([], the reason why there are none): one bad image does not end the run."""
+    if frame.image is None:
+        return [], frame.error
+    try:
+        return model(frame.image, top_k), ""
+    except RunnerError as error:
+        return [], str(error)
+
+
+def _line(frame: Frame, results: Results, error: str) -> dict[str, Any]:
+    line: dict[str, Any] = {"source": frame.source}
+    if frame.frame is not None:
+        line["frame"] = frame.frame
+    if frame.seconds is not None:
+        line["seconds"] = round(frame.seconds, 6)
+    if error:
+        return {**line, "error": error}
+    return {**line, "results": [{**result, "score": round(result["score"], 6)} for result in results]}
+
+
+def _read_list(path: str) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise RunnerError(f"cannot read the list {path}: {error.strerror}") from None
+    if b"\0" in data:
+        raise RunnerError(f"the list {path} is not a text of one source a line")
+    data = data[3:] if data.startswith(b"\xef\xbb\xbf") else data  # the mark that Windows editors put first
+    lines = [line.rstrip(b"\r") for line in data.split(b"\n")]
+    return [os.fsdecode(line) for line in lines if line.strip()]  # a name need not be UTF-8
+
+
+def _warn_unproved(model: Model) -> None:
+    if proved_engine(model.manifest) is None:
+        proved = ", ".join(sorted({row["opencv"] for row in model.manifest["proved"]})) or "none"
+        print(
+            f"run.py: warning: this bundle was not proved on OpenCV {cv2.__version__} (proved on: {proved}). "
+            "Run `python3 run.py check` before you trust its answers",
+            file=sys.stderr,
+        )
+
+
+def _check(args: argparse.Namespace) -> int:
+    model = Model(args.bundle, args.threads)
+    rows = check(model)
+    passed = bool(rows) and all(row["ok"] for row in rows)
+    if args.json:
+        print(json.dumps({"ok": passed, "images": rows, "conditions": model.conditions()}, ensure_ascii=False))
+        return 0 if passed else 1
+    for row in rows:
+        error = "none" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
+        pixels = "same pixels" if row["pixels_identical"] else "other pixels"
+        got = row["actual"][0]["label"] if row["actual"] else "-"
+        verdict = "ok    " if row["ok"] else "FAILED"
+        print(f"{verdict} {row['file']:<28} {pixels:<12} difference {error:<8} {got}  {row['reason']}".rstrip())
+    where = f"OpenCV {cv2.__version__}, {model.session.engine} engine, {cpu_name()}"
+    total = f"{sum(row['ok'] for row in rows)} of {len(rows)} images as trained"
+    print(f"{'check passed' if passed else 'CHECK FAILED'}: {total}. {where}")
+    return 0 if passed else 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    model = Model(args.bundle, args.threads)
+    load_ms = (time.perf_counter() - start) * 1e3
+    report = {"load_ms": load_ms, **bench(model, args.seconds)}
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    print(f"{'ms':<14}{'p50':>9}{'p90':>9}{'p99':>9}")
+    for stage in (*STAGES, "end_to_end"):
+        row = report[f"{stage}_ms"]
+        shown = "".join(
+            f"{row[name]:>9.2f}" if row[name] is not None else f"{'-':>9}" for name in ("p50", "p90", "p99")
+        )
+        print(f"{stage:<14}{shown}")
+    conditions = report["conditions"]
+    print(f"load {load_ms:.0f} ms, first inference {report['first_ms']:.0f} ms, {report['iterations']} iterations")
+    print(
+        f"OpenCV {conditions['opencv']}, {conditions['engine']} engine, {conditions['backend']}, "
+        f"{conditions['precision']}, {conditions['threads']} threads, {conditions['cpu']}"
+    )
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    model = Model(args.bundle, args.threads)
+    manifest = model.manifest
+    facts = {
+        "name": manifest["name"],
+        "target": manifest["target"],
+        "task": model.spec.task,
+        "classes": list(model.spec.class_names),
+        "input_size": list(model.spec.input_size),
+        "edgekit": manifest["edgekit_version"],
+        "proved": manifest["proved"],
+        "provenance": manifest["provenance"],
+        "here": model.conditions(),
+    }
+    if args.json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return 0
+    for key, value in facts.items():
+        print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    return 0
+
+
+def _forward(args: argparse.Namespace) -> int:
+    try:
+        blobs = np.load(args.input)
+    except (OSError, ValueError) as error:
+        raise RunnerError(f"cannot read {args.input}: {_first_line(error)}") from None
+    session = Session(args.model, args.engine)
+    rows = [session(blob[None]) for blob in blobs]
+    arrays: dict[str, Any] = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    np.savez(args.output, **arrays)
+    print(json.dumps({"opencv": cv2.__version__, "engine": session.engine, "outputs": sorted(arrays)}))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        description="Runs this bundle's network with OpenCV. Start with: python3 run.py check",
+        epilog="Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--bundle", type=Path, default=Path(__file__).resolve().parent, help="default: run.py's folder")
+    common.add_argument("--threads", type=_count, help="OpenCV threads (default: the manifest's; 0: OpenCV's choice)")
+
+    infer = commands.add_parser("infer", parents=[common], help="answer for images, videos or a camera, as JSON lines")
+    infer.add_argument(
+        "sources", nargs="*", metavar="SOURCE", help="image, folder, glob, video file or URL (rtsp://...)"
+    )
+    infer.add_argument("--list", metavar="FILE", help="more sources, one a line (-: standard input)")
+    infer.add_argument("--camera", type=_count, metavar="N", help="the camera's number, instead of sources")
+    infer.add_argument(
+        "--frames", type=_count, default=0, metavar="N", help="stop after N frames (default 0: at the end)"
+    )
+    infer.add_argument("--top-k", type=_count, default=5, metavar="K", help="classes a frame (default 5; 0: all)")
+    infer.add_argument(
+        "--draw", type=Path, metavar="DIR", help="also write the images or video with the answers on them"
+    )
+    infer.set_defaults(run=_infer)
+
+    check_ = commands.add_parser("check", parents=[common], help="prove that this device computes what was trained")
+    check_.add_argument("--json", action="store_true", help="one JSON object")
+    check_.set_defaults(run=_check)
+
+    bench_ = commands.add_parser("bench", parents=[common], help="measure the latency here, stage by stage")
+    bench_.add_argument("--seconds", type=_positive, default=5.0, metavar="S", help="how long to measure (default 5)")
+    bench_.add_argument("--json", action="store_true", help="one JSON object")
+    bench_.set_defaults(run=_bench)
+
+    info = commands.add_parser("info", parents=[common], help="what this bundle is, and what it meets here")
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    info.set_defaults(run=_info)
+
+    forward = commands.add_parser("forward", help="raw outputs for arrays (used by edgekit's proofs)")
+    forward.add_argument("--model", type=Path, required=True, help="an ONNX file")
+    forward.add_argument("--engine", default="auto", help="auto, classic or new")
+    forward.add_argument("--input", type=Path, required=True, help=".npy, float32 (N, 3, h, w)")
+    forward.add_argument("--output", type=Path, required=True, help=".npz to write")
+    forward.set_defaults(run=_forward)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, found {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; → its exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    with contextlib.suppress(AttributeError, ValueError):  # a replaced stream cannot be reconfigured
+        # A file name that is not UTF-8 comes out as \udc.., which is how JSON writes it.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()  # here, where a closed pipe is still caught
+    except RunnerError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `run.py infer ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

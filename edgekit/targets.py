@@ -1,0 +1,108 @@
+"""targets/*.toml → frozen `Target`: what a bundle is built for, proved on, and installed with.
+
+Unknown keys are errors: a mistyped setting must not be ignored.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgekit.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # Python 3.10
+    import tomli as tomllib
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Range = Annotated[str, Field(pattern=r"^(>=|<=|==|!=|~=|>|<)\d+(\.\d+)*(,(>=|<=|==|!=|~=|>|<)\d+(\.\d+)*)*$")]
+Line = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r]+$")]
+
+
+class Target(BaseModel):
+    """A kind of device. The fields are the file's keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name = Field(description="Part of the bundle's name; small letters, digits, - and _.")
+    description: Line = Field(description="One line for `edgekit targets`.")
+    arch: Annotated[tuple[Line, ...], Field(min_length=1)] = Field(
+        description="Machine names as `uname -m` or Windows gives them."
+    )
+    backend: Literal["opencv/cpu"] = Field("opencv/cpu", description="cv2.dnn's backend/target pair, never mixed.")
+    engine: Literal["auto", "classic", "new"] = Field(
+        "auto", description="auto: the one that the OpenCV there prefers."
+    )
+    precision: Literal["fp32"] = Field("fp32", description="The model variant that this target gets.")
+    opencv: Range = Field(description='OpenCV versions that may be installed there, such as ">=4.5.4,<5.1".')
+    prove_on: Annotated[tuple[Annotated[str, Field(pattern=r"^\d+(\.\d+){3}$")], ...], Field(min_length=1)] = Field(
+        description="Exact opencv-python versions that a bundle is proved on."
+    )
+    python: Range = Field(">=3.8", description="Python versions that may be installed there.")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="OpenCV's threads; 0: its own choice.")
+    latency_budget_ms: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Longest acceptable time from file to answer, in milliseconds; left out: none."
+    )
+    install: tuple[Line, ...] = Field(description="Shell lines that make a device of this kind ready for a bundle.")
+    requirements: Annotated[tuple[Line, ...], Field(min_length=1)] = Field(
+        description="Lines of the bundle's requirements.txt."
+    )
+
+
+def target_names() -> list[str]:
+    """The shipped targets' names, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
+def read_target(name_or_path: str | Path) -> Target:
+    """Reads and checks a target: a shipped one by name, or any .toml file by path.
+
+    Raises ConfigError when there is none, or the file is not TOML, has an unknown key or a value out of range.
+    """
+    path = _find(name_or_path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the target {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    try:
+        return Target.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_fault(dict(e)) for e in error.errors())) from None
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        if not path.is_file():
+            raise ConfigError(f"no target file at {path}: give the path of a .toml file, or one of {_known()}")
+        return path
+    if str(name_or_path) not in target_names():
+        raise ConfigError(f"no target named {str(name_or_path)!r}: give one of {_known()}, or the path of a .toml file")
+    return _folder() / f"{name_or_path}.toml"
+
+
+def _known() -> str:
+    return ", ".join(target_names())
+
+
+def _folder() -> Path:
+    """targets/ in a checkout; targets.d inside an installed wheel (see pyproject.toml)."""
+    package = Path(__file__).resolve().parent
+    installed = package / "targets.d"
+    return installed if installed.is_dir() else package.parent / "targets"
+
+
+def _fault(detail: dict[str, object]) -> str:
+    location = detail["loc"]
+    where = ".".join(str(part) for part in location) if isinstance(location, tuple) else str(location)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where} (known: {', '.join(sorted(Target.model_fields))})"
+    if detail["type"] == "missing":
+        return f"the key {where} is missing"
+    return f"{where}: {detail['msg']}, got {detail['input']!r}"

@@ -1,0 +1,127 @@
+"""A real bundle, small and made without torch, for the runner's tests: real photos, a real network, real answers."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+from sklearn.datasets import load_sample_images
+
+from edgekit import __version__, runner
+from edgekit.artifacts import Manifest, Tolerances, file_table, write_json
+
+# Height and width differ, and so do the channels' means: whoever swaps them gets other answers.
+SPEC = runner.Spec(
+    task="classify",
+    input_size=(32, 48),
+    resize="stretch",
+    interpolation="linear",
+    color_order="rgb",
+    mean_255=(123.675, 116.28, 103.53),
+    std_255=(58.395, 57.12, 57.375),
+    class_names=("pagoda", "flower", "roof", "Blüte", "sky", "leaf", "lake"),
+)
+
+
+def photo(name: str) -> np.ndarray:
+    """scikit-learn's photos "china" and "flower": uint8 (427, 640, 3) BGR."""
+    images = load_sample_images()
+    index = [Path(file).stem for file in images.filenames].index(name)
+    return np.ascontiguousarray(images.images[index][..., ::-1])
+
+
+def write_photos(folder: Path) -> list[Path]:
+    """china.jpg, flower.jpg, and a cutting of each as PNG."""
+    folder.mkdir(parents=True)
+    china, flower = photo("china"), photo("flower")
+    for name, image in {
+        "china.jpg": china,
+        "flower.jpg": flower,
+        "petals.png": flower[150:300, 200:400],
+        "roof.png": china[20:140, 80:340],
+    }.items():
+        (folder / name).write_bytes(cv2.imencode(Path(name).suffix, image)[1].tobytes())
+    return sorted(folder.iterdir())
+
+
+def write_model(path: Path, classes: int = len(SPEC.class_names), seed: int = 0, scale: float = 1.0) -> None:
+    """float32 (1, 3, 32, 48) → "logits" (1, classes): two convolutions, a global mean, a Gemm; random weights."""
+    random = np.random.default_rng(seed)
+    weights = {
+        "w1": random.normal(0, 0.3, (8, 3, 3, 3)),
+        "b1": random.normal(0, 0.3, 8),
+        "w2": random.normal(0, 0.3, (16, 8, 3, 3)),
+        "b2": random.normal(0, 0.3, 16),
+        "w3": random.normal(0, scale, (classes, 16)),
+        "b3": random.normal(0, scale, classes),
+    }
+    convolution = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    nodes = [
+        helper.make_node("Conv", ["image", "w1", "b1"], ["c1"], **convolution),
+        helper.make_node("Relu", ["c1"], ["r1"]),
+        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], **convolution),
+        helper.make_node("Relu", ["c2"], ["r2"]),
+        helper.make_node("GlobalAveragePool", ["r2"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w3", "b3"], ["logits"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, *SPEC.input_size])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, classes])],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+
+
+def write_bundle(folder: Path, spec: runner.Spec = SPEC, **manifest: Any) -> Path:
+    """A bundle that passes its own check; keywords replace entries of its manifest."""
+    files = write_photos(folder / "check")
+    shutil.copyfile(runner.__file__, folder / "run.py")
+    write_model(folder / "model.onnx", len(spec.class_names))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    rows = []
+    for file in files:
+        pixels = runner.resize(runner.read_image(file), spec)
+        (logits,) = session.run(["logits"], {"image": runner.normalize(pixels[None], spec)})
+        rows.append(
+            {
+                "file": file.name,
+                "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
+                "outputs": {"logits": logits.tolist()},
+                "results": runner.classify({"logits": logits}, spec),
+            }
+        )
+    write_json(folder / "check" / "expected.json", {"images": rows})
+    proved = [{"opencv": cv2.__version__, "engine": engine} for engine in runner.engines()]
+    sign(folder, **{"spec": spec.to_dict(), "proved": proved, **manifest})
+    return folder
+
+
+def sign(folder: Path, **changes: Any) -> None:
+    """Writes manifest.json anew: the files as they are now, and what it said before, with changes."""
+    path = folder / "manifest.json"
+    (before := json.loads(path.read_text("utf-8")) if path.exists() else {}).pop("sha256", None)
+    before.pop("schema", None)
+    path.unlink(missing_ok=True)
+    first = {
+        "edgekit_version": __version__,
+        "name": "tiny",
+        "target": "cpu",
+        "backend": "opencv",
+        "engine": "auto",
+        "precision": "fp32",
+        "threads": 1,
+        "tolerances": Tolerances(outputs=1e-4, outputs_other_pixels=0.05),
+        "latency_budget_ms": None,
+        "provenance": {},
+    }
+    files = file_table(folder)
+    write_json(path, Manifest(**{**first, **before, "files": files, **changes}).to_json())

@@ -1,0 +1,45 @@
+"""Shared by the tests: one real run, small but whole, made once a session."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def signs() -> Path:
+    """2,062 photos of hand signs in 10 classes; skips where they are absent."""
+    folder = DATA / "signs" / "Dataset"
+    if not folder.is_dir():
+        pytest.skip("the hand-sign photos (../shared/data/signs) are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of 300 real handwritten digits in 10 classes (scikit-learn's, 8×8 PNG)."""
+    from edgekit.demo import write_digits
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(folder)
+    for label in folder.iterdir():
+        for extra in sorted(label.iterdir())[30:]:
+            extra.unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder trained for two epochs on the digits, exported (so proved)."""
+    from edgekit.datasets import read_dataset
+    from edgekit.demo import digits_recipe
+    from edgekit.export import export
+    from edgekit.finetune import finetune
+
+    recipe = digits_recipe(digits, "digits")
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1})})
+    run = finetune(recipe, read_dataset(digits), tmp_path_factory.mktemp("runs")).run
+    export(run)
+    return run

@@ -1,0 +1,262 @@
+"""The command line as a user meets it: every kind of bad input is one clear line, exit 2, and nothing half-written."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def edgekit(*args: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgekit.cli", *map(str, args)]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=settings, check=False)
+
+
+def picture(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, *path.name.encode()])
+    cv2.imwrite(str(path), rng.integers(0, 255, (32, 32, 3), np.uint8))
+    return path
+
+
+def good_data(folder: Path) -> Path:
+    for label in ("cat", "dog"):
+        for number in range(6):
+            picture(folder / "data" / label / f"{label}{number}.png")
+    return folder / "data"
+
+
+def truncated(folder: Path) -> list[object]:
+    data = good_data(folder)
+    image = picture(data / "cat" / "cut.jpg")
+    image.write_bytes(image.read_bytes()[:300])
+    return ["finetune", data]
+
+
+def empty_file(folder: Path) -> list[object]:
+    data = good_data(folder)
+    (data / "cat" / "empty.png").write_bytes(b"")
+    return ["finetune", data]
+
+
+def not_an_image(folder: Path) -> list[object]:
+    data = good_data(folder)
+    (data / "cat" / "text.jpg").write_text("not an image")
+    return ["finetune", data]
+
+
+def one_class(folder: Path) -> list[object]:
+    for number in range(6):
+        picture(folder / "data" / "cat" / f"{number}.png")
+    return ["finetune", folder / "data"]
+
+
+def loose_images(folder: Path) -> list[object]:
+    picture(folder / "data" / "a.png")
+    return ["finetune", folder / "data"]
+
+
+def empty_folder(folder: Path) -> list[object]:
+    (folder / "data").mkdir()
+    return ["finetune", folder / "data"]
+
+
+def a_class_with_one_image(folder: Path) -> list[object]:
+    data = good_data(folder)
+    picture(data / "rare" / "r.png")
+    return ["finetune", data]
+
+
+def same_image_in_train_and_val(folder: Path) -> list[object]:
+    for subset in ("train", "val"):
+        for label in ("cat", "dog"):
+            for number in range(4):
+                picture(folder / "data" / subset / label / f"{subset}{label}{number}.png")
+    source = folder / "data" / "train" / "cat" / "traincat0.png"
+    (folder / "data" / "val" / "cat" / "copy.png").write_bytes(source.read_bytes())
+    return ["finetune", folder / "data"]
+
+
+def csv_without_columns(folder: Path) -> list[object]:
+    (folder / "data.csv").write_text("file;class\na.png;cat\n")
+    return ["finetune", folder / "data.csv"]
+
+
+def csv_with_missing_files(folder: Path) -> list[object]:
+    (folder / "data.csv").write_text("path,label\na.png,cat\nb.png,dog\n")
+    return ["finetune", folder / "data.csv"]
+
+
+def mistyped_recipe_key(folder: Path) -> list[object]:
+    (folder / "recipe.toml").write_text('[data]\npath = "data"\n[train]\nepoch = 3\n')
+    return ["finetune", "--recipe", folder / "recipe.toml"]
+
+
+def recipe_not_toml(folder: Path) -> list[object]:
+    (folder / "recipe.toml").write_text("train: {epochs: 3}")
+    return ["finetune", "--recipe", folder / "recipe.toml"]
+
+
+def recipe_exists(folder: Path) -> list[object]:
+    (folder / "recipe.toml").write_text("")
+    return ["init", good_data(folder)]
+
+
+def run_exists(folder: Path) -> list[object]:
+    (folder / "runs" / "mine").mkdir(parents=True)
+    return ["finetune", good_data(folder), "--name", "mine", "--no-pretrained", "--backbone", "mobilenetv3_small_050"]
+
+
+def weights_of_another_net(folder: Path) -> list[object]:
+    import torch
+
+    torch.save({"conv.weight": torch.zeros(1)}, folder / "other.pth")
+    return ["finetune", good_data(folder), "--weights", folder / "other.pth"]
+
+
+def weights_not_weights(folder: Path) -> list[object]:
+    (folder / "notes.pth").write_text("hello")
+    return ["finetune", good_data(folder), "--weights", folder / "notes.pth"]
+
+
+# (name, makes the bad input and gives the command, what the one line must say)
+BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
+    ("no words at all", lambda f: ["finetune"], "give DATA .*--recipe FILE or --resume RUN"),
+    ("data that is not there", lambda f: ["finetune", f / "none"], "none"),
+    ("an empty folder", empty_folder, "data"),
+    ("images without class folders", loose_images, "a folder a class|class folder|folder per class"),
+    ("one class only", one_class, "class"),
+    ("a class with one image", a_class_with_one_image, "rare"),
+    ("a truncated JPEG", truncated, r"cut\.jpg.*--skip-bad"),
+    ("an empty file", empty_file, r"empty\.png.*--skip-bad"),
+    ("text named .jpg", not_an_image, r"text\.jpg.*--skip-bad"),
+    ("an image in train and val", same_image_in_train_and_val, r"copy\.png"),
+    ("a CSV without path,label", csv_without_columns, "path,label|path and label|columns"),
+    ("a CSV of missing files", csv_with_missing_files, r"a\.png"),
+    ("a mistyped key in the recipe", mistyped_recipe_key, "unknown key train.epoch .*epochs"),
+    ("a recipe that is not TOML", recipe_not_toml, "not valid TOML"),
+    ("a recipe that would be overwritten", recipe_exists, "exists already.*--force"),
+    ("a run that would be overwritten", run_exists, "exists already.*--resume"),
+    (
+        "a backbone that does not exist",
+        lambda f: ["finetune", good_data(f), "--backbone", "mobilenet_v9"],
+        "mobilenet_v9",
+    ),
+    ("an input size that is too small", lambda f: ["finetune", good_data(f), "--image-size", "8"], "image-size|8"),
+    ("--resume with other settings", lambda f: ["finetune", "--resume", f / "r", "--epochs", "3"], "--resume .*alone"),
+    ("--resume of nothing", lambda f: ["finetune", "--resume", f / "r"], "no run folder"),
+    ("weights of another network", weights_of_another_net, "does not fit"),
+    ("a weights file that is none", weights_not_weights, "notes.pth"),
+    (
+        "weights that are not there",
+        lambda f: ["finetune", good_data(f), "--weights", f / "no.pth"],
+        "no.pth.*--weights",
+    ),
+    ("a device that is not there", lambda f: ["finetune", good_data(f), "--device", "tpu"], "'auto', 'cpu' or 'cuda'"),
+    ("evaluating what is no run", lambda f: ["evaluate", f / "none"], "no run folder .*edgekit finetune"),
+    ("exporting a folder that is no run", lambda f: ["export", good_data(f)], "is it a run"),
+    ("bundling for an unknown target", lambda f: ["bundle", f, "--target", "toaster"], "toaster.*cpu"),
+    ("bundling what is no run", lambda f: ["bundle", f / "none"], "no run folder"),
+    ("running what is no bundle", lambda f: ["run", f, "check"], "has no run.py.*edgekit bundle"),
+    ("an unknown command", lambda f: ["quantise"], "quantise"),
+]
+
+
+def files_below(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if "__pycache__" not in p.parts}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "message"), [bad[1:] for bad in BAD], ids=[bad[0] for bad in BAD])
+def test_bad_input(make: Callable[[Path], list[object]], message: str, tmp_path: Path) -> None:
+    words = make(tmp_path)
+    before = files_below(tmp_path)
+    answer = edgekit(*words, cwd=tmp_path)
+    assert answer.returncode == 2, answer.stderr
+    assert "Traceback" not in answer.stderr
+    last = answer.stderr.strip().splitlines()
+    said = " ".join(line.strip("│╭╰─╮╯ ") for line in last) if "Usage" in answer.stderr else last[-1]
+    assert re.search(message, said), said
+    assert files_below(tmp_path) == before, "something was left behind"
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in edgekit("--debug", "evaluate", "none", cwd=tmp_path).stderr
+
+
+def test_help_is_the_pipeline_in_order(tmp_path: Path) -> None:
+    text = edgekit("--help", cwd=tmp_path).stdout
+    names = ["demo", "init", "finetune", "evaluate", "export", "bundle", "run", "targets", "backbones", "doctor"]
+    rows = [re.match(r"^[│ ]+(\w+) {2,}\w", line) for line in text[text.index("Commands") :].splitlines()]
+    assert [row[1] for row in rows if row and row[1] in names] == names
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "init", "finetune", "evaluate", "export", "bundle", "run", "targets", "doctor"]
+)
+def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
+    answer = edgekit(command, "--help", cwd=tmp_path)
+    assert answer.returncode == 0
+    assert len(answer.stdout.splitlines()) > 8
+
+
+def test_help_needs_no_heavy_import() -> None:
+    """Which is why it is instant: none of these may be loaded to print a page of text."""
+    code = (
+        "import sys\nfrom edgekit.cli import main\nsys.argv = ['edgekit', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'cv2', 'numpy', 'timm', 'onnx', 'pydantic'} & set(sys.modules), file=sys.stderr)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert answer.stderr.strip() == "set()"
+
+
+def test_version(tmp_path: Path) -> None:
+    assert re.fullmatch(r"edgekit \d+\.\d+\.\d+\n", edgekit("--version", cwd=tmp_path).stdout)
+
+
+def test_init_writes_a_recipe_that_finetune_takes(tmp_path: Path) -> None:
+    from edgekit.recipe import read_recipe
+
+    answer = edgekit("init", good_data(tmp_path), cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "2 classes" in answer.stdout and "edgekit finetune --recipe recipe.toml" in answer.stdout
+    assert read_recipe(tmp_path / "recipe.toml").data.path == str(tmp_path / "data")
+
+
+@pytest.mark.parametrize("command", ["targets", "backbones", "doctor"])
+def test_json_for_programs(command: str, tmp_path: Path) -> None:
+    answer = edgekit(command, "--json", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    rows = json.loads(answer.stdout)
+    assert rows and all(isinstance(row, dict) for row in rows)
+
+
+@pytest.mark.slow
+def test_the_flow_by_hand(digits: Path, tmp_path: Path) -> None:
+    """The README's commands, on a small network: finetune, bundle, evaluate, run."""
+    small = ["--backbone", "mobilenetv3_small_050", "--no-pretrained", "--epochs", "1", "--image-size", "64"]
+    trained = edgekit("finetune", digits, *small, "--name", "d", "--json", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["run"] == str(Path("runs") / "d")
+    packed = edgekit("bundle", "runs/d", cwd=tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    assert "check passed here: 8 of 8 images as trained" in packed.stdout
+    figures = edgekit("evaluate", "runs/d", "--bundle", "dist/d-cpu", "--json", cwd=tmp_path)
+    assert figures.returncode == 0, figures.stderr
+    assert json.loads(figures.stdout)["columns"]["bundle"]["agreement"] == 1.0
+    answer = edgekit("run", "dist/d-cpu", "infer", "runs/d/check", "--top-k", "1", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert len(answer.stdout.splitlines()) == 8
+    assert edgekit("run", "dist/d-cpu", "infer", "nothing.jpg", cwd=tmp_path).returncode == 2
+    assert edgekit("run", "dist/d-cpu", "--help", cwd=tmp_path).stdout.count("infer") >= 1

@@ -1,0 +1,108 @@
+"""The house's own rules, read from the sources: who may import whom, and what must not be there."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "edgekit"
+
+LAYER_0 = {"errors", "runner"}
+RECORDS = LAYER_0 | {"recipe"}  # the run's choices; a record that nouns may read
+NOUNS = {"artifacts", "backbones", "datasets", "demo", "doctor", "parity", "progress", "recipe", "report", "targets"}
+STAGES = {"finetune", "evaluate", "export", "bundle"}
+TASKS = {"tasks", "tasks.classify"}
+
+# What each module may import from edgekit, beside itself. "" is edgekit/__init__.py (the version).
+ALLOWED = {
+    "errors": set(),
+    "runner": set(),
+    "recipe": LAYER_0,
+    "targets": LAYER_0,
+    "datasets": RECORDS,
+    "backbones": RECORDS,
+    "artifacts": RECORDS,
+    "parity": RECORDS,
+    "progress": LAYER_0 | {"finetune"},  # its records' types only
+    "report": RECORDS | {"artifacts", "backbones", "datasets"},
+    "demo": RECORDS | {"artifacts"},
+    "doctor": RECORDS | {""},
+    "tasks": RECORDS | NOUNS | TASKS,
+    "tasks.classify": RECORDS | NOUNS,
+    "pipeline": STAGES | NOUNS | LAYER_0,
+    "cli": STAGES | NOUNS | LAYER_0 | {"", "pipeline"},
+    "lowering": LAYER_0 | {"lowering"},
+    **dict.fromkeys(STAGES, RECORDS | NOUNS | TASKS | {"", "lowering"}),
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def edgekit_imports(path: Path) -> set[str]:
+    """Every import of edgekit in a file, inside functions too, as module names without the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("edgekit").lstrip(".") for alias in node.names if _ours(alias.name)}
+        elif isinstance(node, ast.ImportFrom) and _ours(node.module or ""):
+            base = (node.module or "").removeprefix("edgekit").lstrip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".lstrip(".")
+                found.add(inner if is_module(inner) else base)
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+    return found
+
+
+def _ours(name: str) -> bool:
+    return name == "edgekit" or name.startswith("edgekit.")
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[str(p.relative_to(PACKAGE)) for p in SOURCES])
+def test_imports_follow_the_layers(path: Path) -> None:
+    name = module_name(path)
+    rule = ALLOWED["lowering"] if name.startswith("lowering") else ALLOWED.get(name)
+    if name == "":
+        rule = set()
+    assert rule is not None, f"{name} is new: say in ALLOWED what it may import"
+    imports = {"lowering" if found.startswith("lowering") else found for found in edgekit_imports(path)}
+    assert imports <= rule | {name}, f"{name} may not import {sorted(imports - rule)}"
+
+
+def test_no_stage_imports_another_stage() -> None:
+    for stage in STAGES:
+        others = edgekit_imports(PACKAGE / f"{stage}.py") & (STAGES - {stage})
+        assert others == set(), f"{stage} imports {others}"
+
+
+def test_every_stage_has_one_public_function_of_its_name() -> None:
+    for stage in STAGES:
+        tree = ast.parse((PACKAGE / f"{stage}.py").read_text(encoding="utf-8"))
+        assert stage in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_pixels_are_prepared_in_the_runner_only() -> None:
+    """cv2.dnn's blob functions and image decoding exist once; anywhere else they would be a second definition."""
+    for path in SOURCES:
+        if path.name in ("runner.py",):
+            continue
+        text = path.read_text(encoding="utf-8")
+        for call in ("blobFromImage", "cv2.imread(", "cv2.imdecode(", "cv2.dnn.read"):
+            assert call not in text, f"{path.name} uses {call}: it belongs to runner.py"
+
+
+def test_there_is_no_utils_and_no_machine_in_the_sources() -> None:
+    assert not [p for p in SOURCES if "util" in p.name]
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert "/work/" not in text and "/root/" not in text, path

@@ -1,0 +1,86 @@
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgekit.errors import ConfigError
+from edgekit.recipe import Data, Recipe, Train, make_recipe, read_recipe, recipe_sha256, suggest, to_toml
+
+
+def test_only_the_data_is_needed() -> None:
+    recipe = make_recipe({"data": {"path": "photos"}})
+    assert recipe == Recipe(data=Data(path="photos"))
+    assert recipe.model.backbone == "tf_efficientnet_lite0"
+    assert recipe.train.seed == 0
+
+
+@given(
+    path=st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x7f"), min_size=1),
+    rate=st.floats(1e-6, 1.0),
+    epochs=st.integers(0, 1000),
+)
+def test_toml_round_trip(tmp_path_factory: pytest.TempPathFactory, path: str, rate: float, epochs: int) -> None:
+    recipe = Recipe(data=Data(path=path), train=Train(learning_rate=rate, epochs=epochs))
+    file = tmp_path_factory.mktemp("r") / "recipe.toml"
+    file.write_text(to_toml(recipe), encoding="utf-8")
+    assert read_recipe(file) == recipe
+    assert recipe_sha256(read_recipe(file)) == recipe_sha256(recipe)
+
+
+def test_every_key_is_explained_in_the_toml() -> None:
+    lines = to_toml(Recipe(data=Data(path="x"))).splitlines()
+    for above, line in itertools.pairwise(lines):
+        if "=" in line and not line.startswith("# The"):
+            key = line.lstrip("# ").split(" ")[0]
+            if key.isidentifier() and not above.startswith("["):
+                assert above.startswith("# ") or line.startswith("#"), f"{key} has no explanation"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"data": {"path": "x"}, "trian": {}}, "unknown key trian (known here: augment, data, export, model, name"),
+        (
+            {"data": {"path": "x"}, "train": {"epoch": 3}},
+            "unknown key train.epoch (known here: batch_size, device, epochs",
+        ),
+        ({}, "data: Field required"),
+        (
+            {"data": {"path": "x"}, "train": {"batch_size": 1}},
+            "train.batch_size: Input should be greater than or equal to 2",
+        ),
+        (
+            {"data": {"path": "x"}, "augment": {"scale": [1.2, 0.5]}},
+            "augment.scale: Value error, expected 0 < low <= high",
+        ),
+        ({"data": {"path": "x"}, "model": {"input_size": [224]}}, "model.input_size"),
+        ({"data": {"path": "x"}, "export": {"tolerance": 0}}, "export.tolerance: Input should be greater than 0"),
+        ({"data": {"path": "x"}, "task": "detcet"}, "task: Input should be 'classify', got 'detcet'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_what_was_expected(raw: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_recipe(raw)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="edgekit init DATA"):
+        read_recipe(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("data = [", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        read_recipe(tmp_path / "bad.toml")
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        read_recipe(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    ("names", "flip"),
+    [(("cat", "dog"), 0.5), (("turn_left", "turn_right"), 0.0), (("a", "b"), 0.0), (("0", "1", "10"), 0.0), ((), 0.5)],
+)
+def test_mirroring_is_off_where_sides_matter(names: tuple[str, ...], flip: float) -> None:
+    assert suggest("x", names).augment.horizontal_flip == flip

@@ -1,0 +1,1056 @@
+"""The device half, function by function: pixels, answers, sources, drawings, the bundle's proof."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bundles
+import cv2
+import numpy as np
+import pytest
+from bundles import SPEC
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from edgekit import runner
+from edgekit.runner import Frame, RunnerError
+
+sizes = st.integers(1, 200)
+small_sizes = st.integers(1, 64)
+logits = hnp.arrays(np.float32, st.integers(1, 12), elements=st.floats(-1e4, 1e4, width=32))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle to look at, not to change."""
+    return bundles.write_bundle(tmp_path_factory.mktemp("built") / "bundle")
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    """A bundle to spoil."""
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def png(image: np.ndarray) -> bytes:
+    return bytes(cv2.imencode(".png", image)[1].tobytes())
+
+
+def pil(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def some_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def write_video(path: Path, count: int, fps: float = 12.5, codec: str = "MJPG") -> Path:
+    """64 x 48 pixels; frame i is grey, of level 30 * i."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), fps, (64, 48))
+    for number in range(count):
+        writer.write(np.full((48, 64, 3), 30 * number, np.uint8))
+    writer.release()
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Spec
+
+
+def test_a_spec_survives_json() -> None:
+    raw = json.loads(json.dumps(SPEC.to_dict()))
+    assert raw == {
+        "task": "classify",
+        "input_size": [32, 48],
+        "resize": "stretch",
+        "interpolation": "linear",
+        "color_order": "rgb",
+        "mean_255": [123.675, 116.28, 103.53],
+        "std_255": [58.395, 57.12, 57.375],
+        "class_names": ["pagoda", "flower", "roof", "Blüte", "sky", "leaf", "lake"],
+    }
+    assert runner.Spec.from_dict(raw) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("task", "segment"),
+        ("task", ["classify"]),
+        ("resize", "pad"),
+        ("interpolation", "cubic"),
+        ("color_order", "RGB"),
+        ("color_order", None),
+        ("input_size", [0, 48]),
+        ("input_size", [-32, 48]),
+        ("input_size", [32]),
+        ("input_size", [32, 48, 3]),
+        ("input_size", 32),
+        ("input_size", [32.0, 48.0]),
+        ("input_size", [True, 48]),
+        ("input_size", "32"),
+        ("mean_255", [1.0, 2.0]),
+        ("mean_255", [1.0, 2.0, math.nan]),
+        ("mean_255", [1.0, 2.0, "3"]),
+        ("std_255", [1.0, 0.0, 1.0]),
+        ("std_255", [1.0, -1.0, 1.0]),
+        ("std_255", [math.nan, 1.0, 1.0]),
+        ("std_255", [1.0, 1.0, math.inf]),
+        ("std_255", []),
+        ("std_255", None),
+        ("class_names", []),
+        ("class_names", "cat"),
+        ("class_names", ["cat", 2]),
+        ("class_names", None),
+    ],
+)
+def test_an_impossible_spec_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(RunnerError, match=f"the spec's {key} "):
+        runner.Spec.from_dict({**SPEC.to_dict(), key: value})
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({key: value for key, value in SPEC.to_dict().items() if key != "std_255"}, "std_255"),
+        ({**SPEC.to_dict(), "crop_fraction": 0.9}, "crop_fraction"),
+        ([], "list"),
+        (None, "NoneType"),
+        ("classify", "str"),
+    ],
+)
+def test_a_spec_with_other_keys_is_refused(raw: Any, named: str) -> None:
+    with pytest.raises(RunnerError, match=f"keys differ.*{named}.*Build the bundle again"):
+        runner.Spec.from_dict(raw)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# decode
+
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_rotation_is_obeyed(orientation: int) -> None:
+    picture = Image.fromarray(some_image(40, 24))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    plain, turned = pil(picture, "JPEG"), pil(picture, "JPEG", exif=exif)
+    assert np.array_equal(runner.decode(turned), UPRIGHT[orientation](runner.decode(plain)))
+
+
+def test_sixteen_bits_become_eight() -> None:
+    wide = np.random.default_rng(1).integers(0, 65536, (7, 9, 3), np.uint16)
+    assert np.array_equal(runner.decode(png(wide)), (wide >> 8).astype(np.uint8))
+
+
+def test_alpha_is_left_out_and_the_colours_stay() -> None:
+    image = some_image(6, 8)
+    alpha = np.dstack([image, np.full((6, 8), 3, np.uint8)])
+    assert np.array_equal(runner.decode(png(alpha)), image)
+
+
+def test_grey_one_bit_and_palette_become_three_channels() -> None:
+    grey = some_image(6, 8)[..., :1]
+    assert np.array_equal(runner.decode(png(grey)), grey.repeat(3, axis=2))
+    ink = Image.fromarray(grey[..., 0]).convert("1")
+    assert np.array_equal(runner.decode(pil(ink, "PNG")), np.array(ink.convert("RGB")))
+    palette = Image.fromarray(some_image(6, 8)).convert("P")
+    assert np.array_equal(runner.decode(pil(palette, "PNG")), np.array(palette.convert("RGB"))[..., ::-1])
+
+
+def test_a_cmyk_jpeg_has_its_true_colours() -> None:
+    photo = bundles.photo("flower")
+    cmyk = Image.fromarray(photo[..., ::-1]).convert("CMYK")
+    decoded = runner.decode(pil(cmyk, "JPEG", quality=95))
+    assert decoded.shape == photo.shape
+    assert np.abs(decoded.astype(int) - photo).mean() < 4  # a swapped or inverted channel: over 50
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"not an image", "not an image"),
+        (b"\xff\xd8", "cut off"),
+        (png(some_image(90, 90))[:500], "not an image|cannot decode"),
+        (b"BM" + bytes(200), "not an image|cannot decode"),
+    ],
+)
+def test_what_is_no_image_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(RunnerError, match=message):
+        runner.decode(data)
+
+
+def test_a_jpeg_is_whole_or_refused_wherever_it_is_cut() -> None:
+    picture = Image.fromarray(some_image(16, 16))
+    thumbnail = pil(picture, "JPEG")  # with an end mark of its own
+    for options in ({}, {"progressive": True}, {"exif": b"Exif\0\0" + thumbnail}, {"restart_marker_rows": 1}):
+        data = pil(picture, "JPEG", **options)
+        assert not runner.jpeg_is_cut_off(data)
+        assert not runner.jpeg_is_cut_off(data + b"what some cameras append")
+        assert all(runner.jpeg_is_cut_off(data[:length]) for length in range(2, len(data)))
+        filled = data[:2] + b"\xff\xff" + data[2:]  # before a marker, any number of FF is legal
+        assert not runner.jpeg_is_cut_off(filled) and runner.jpeg_is_cut_off(filled[:-1])
+        with pytest.raises(RunnerError, match="cut off: copy it again"):
+            runner.decode(data[:-2])
+    assert not runner.jpeg_is_cut_off(b"")
+    assert not runner.jpeg_is_cut_off(png(some_image(4, 4))[:20])
+
+
+@given(st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF", b"II*\0"]))
+@example(b"\xff" * 300, b"\xff\xd8")
+def test_any_bytes_give_an_image_or_a_runner_error(data: bytes, start: bytes) -> None:
+    try:
+        image = runner.decode(start + data)
+    except RunnerError as error:
+        assert 0 < len(str(error)) < 400 and "\n" not in str(error)
+    else:
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+
+
+def test_read_image_gives_the_pixels_or_the_reason(tmp_path: Path) -> None:
+    image = some_image(5, 7)
+    path = tmp_path / "фото Ä.png"
+    path.write_bytes(png(image))
+    assert np.array_equal(runner.read_image(path), image)
+    for bad, reason in {
+        tmp_path / "none.png": "No such file",
+        tmp_path: "Is a directory",
+        tmp_path / ("a" * 300): "too long",
+        Path("zero\0byte"): "null byte",
+    }.items():
+        with pytest.raises(RunnerError, match=reason):
+            runner.read_image(bad)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# resize
+
+
+@given(
+    sizes, sizes, small_sizes, small_sizes, st.sampled_from(["stretch", "crop"]), st.sampled_from(["linear", "area"])
+)
+def test_any_size_becomes_the_networks_and_one_colour_stays_one(
+    height: int, width: int, to_height: int, to_width: int, mode: str, interpolation: str
+) -> None:
+    spec = replace(SPEC, input_size=(to_height, to_width), resize=mode, interpolation=interpolation)
+    color = (3, 250, 77)
+    resized = runner.resize(np.full((height, width, 3), color, np.uint8), spec)
+    assert resized.dtype == np.uint8
+    assert np.array_equal(resized, np.full((to_height, to_width, 3), color, np.uint8))
+
+
+@given(sizes, sizes, small_sizes, small_sizes, st.sampled_from(["stretch", "crop"]))
+def test_each_pixel_comes_from_its_place(height: int, width: int, to_height: int, to_width: int, mode: str) -> None:
+    """The image tells its own coordinates: channel 0 is x, channel 1 is y."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(width), np.arange(height)[:, None]
+    resized = runner.resize(image, replace(SPEC, input_size=(to_height, to_width), resize=mode)).astype(float)
+    aspect = to_width / to_height
+    part_width = min(width, height * aspect) if mode == "crop" else width
+    part_height = min(height, width / aspect) if mode == "crop" else height
+
+    def expected(full: int, part: float, count: int) -> np.ndarray:
+        start = (full - part) / 2  # the middle of the image
+        centers = start + (np.arange(count) + 0.5) * part / count - 0.5
+        return np.clip(centers, max(start, 0), min(start + part, full) - 1)
+
+    assert np.abs(resized[..., 0] - expected(width, part_width, to_width)).max() <= 2
+    assert np.abs(resized[..., 1] - expected(height, part_height, to_height)[:, None]).max() <= 2
+
+
+@given(small_sizes, small_sizes, st.integers(0, 60), st.booleans(), st.sampled_from(["linear", "area"]))
+def test_a_crop_without_scaling_is_the_middle_bit_for_bit(
+    height: int, width: int, more: int, wider: bool, interpolation: str
+) -> None:
+    spec = replace(SPEC, input_size=(height, width), resize="crop", interpolation=interpolation)
+    image = some_image(height + (0 if wider else more), width + (more if wider else 0))
+    top, left = (0, more // 2) if wider else (more // 2, 0)
+    assert np.array_equal(runner.resize(image, spec), image[top : top + height, left : left + width])
+
+
+def test_area_averages_and_linear_samples() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, 2::4] = stripes[:, 3::4] = 200  # 0 0 200 200
+    spec = replace(SPEC, input_size=(16, 16))
+    assert np.array_equal(runner.resize(stripes, replace(spec, interpolation="area")), np.full((16, 16, 3), 100))
+    stripes[:, 2::4] = 0  # 0 0 0 200: what linear reads lies between the second and the third
+    assert np.array_equal(runner.resize(stripes, replace(spec, interpolation="area")), np.full((16, 16, 3), 50))
+    assert np.array_equal(runner.resize(stripes, spec), np.zeros((16, 16, 3)))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 100), (100, 8), (31, 47)])
+def test_area_is_linear_where_a_side_grows(shape: tuple[int, int]) -> None:
+    image = some_image(*shape)
+    assert np.array_equal(runner.resize(image, SPEC), runner.resize(image, replace(SPEC, interpolation="area")))
+
+
+def test_linear_is_worked_by_hand() -> None:
+    """Pixel centres: x = 0.125, 1.375, 2.625, 3.875 and y = 2/3, 3, 5 1/3; the value there is 15 y + 3 x + 1."""
+    ramp = np.arange(7 * 5 * 3, dtype=np.uint8).reshape(7, 5, 3)
+    assert runner.resize(ramp, replace(SPEC, input_size=(3, 4)))[..., 1].tolist() == [
+        [11, 15, 19, 23],
+        [46, 50, 54, 58],
+        [81, 85, 89, 93],
+    ]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        "photo.jpg",
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 1), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.uint16),
+        np.zeros((1, 4, 4, 3), np.uint8),
+    ],
+)
+def test_what_is_no_image_array_is_refused(image: Any) -> None:
+    """cv2.imread gives None for a missing file: the likeliest mistake with Model."""
+    with pytest.raises(RunnerError, match="expected an image as an array, uint8"):
+        runner.preprocess(image, SPEC)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# normalize, preprocess
+
+images = hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.just(3)))
+three = st.tuples(*[st.floats(0, 255)] * 3)
+
+
+@given(images, three, st.tuples(*[st.floats(0.5, 300)] * 3), st.sampled_from(["rgb", "bgr"]))
+def test_normalize_is_its_formula(
+    pixels: np.ndarray, mean: tuple[float, float, float], std: tuple[float, float, float], order: str
+) -> None:
+    spec = replace(SPEC, mean_255=mean, std_255=std, color_order=order)
+    blob = runner.normalize(pixels, spec)
+    assert blob.shape == (len(pixels), 3, *pixels.shape[1:3]) and blob.dtype == np.float32
+    channels = pixels[..., ::-1] if order == "rgb" else pixels
+    mean32, std32 = np.array(mean, np.float32), np.array(std, np.float32)
+    formula = ((channels.astype(np.float32) - mean32) * (np.float32(1) / std32)).transpose(0, 3, 1, 2)
+    np.testing.assert_array_max_ulp(blob, formula, maxulp=1)
+    exact = (channels - np.array(mean)) / np.array(std)
+    np.testing.assert_allclose(blob, exact.transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-4)
+
+
+def test_the_channels_stand_in_the_specs_order() -> None:
+    blue = np.full((1, 2, 2, 3), (255, 0, 0), np.uint8)  # BGR
+    plain = replace(SPEC, mean_255=(0.0, 0.0, 0.0), std_255=(255.0, 127.5, 51.0))
+    assert runner.normalize(blue, plain)[0, :, 0, 0].tolist() == [0.0, 0.0, 5.0]
+    assert runner.normalize(blue, replace(plain, color_order="bgr"))[0, :, 0, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_preprocess_is_resize_then_normalize_and_leaves_the_image_alone() -> None:
+    image = bundles.photo("china")
+    before = image.copy()
+    blob = runner.preprocess(image, SPEC)
+    assert blob.shape == (1, 3, 32, 48) and blob.dtype == np.float32
+    assert np.array_equal(blob, runner.normalize(runner.resize(image, SPEC)[None], SPEC))
+    assert np.array_equal(image, before)
+
+
+def test_a_view_with_strides_gives_what_its_copy_gives() -> None:
+    view = bundles.photo("china")[::2, ::-3]
+    assert np.array_equal(runner.preprocess(view, SPEC), runner.preprocess(view.copy(), SPEC))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# softmax, classify
+
+
+@given(logits)
+def test_softmax_is_a_distribution_in_the_logits_order(values: np.ndarray) -> None:
+    scores = runner.softmax(values.astype(np.float64))
+    assert (scores >= 0).all() and scores.sum() == pytest.approx(1, abs=1e-12)
+    assert (np.diff(scores[np.argsort(values, kind="stable")]) >= 0).all()
+
+
+@given(logits, st.floats(-1e3, 1e3))
+def test_softmax_knows_differences_only(values: np.ndarray, shift: float) -> None:
+    wide = values.astype(np.float64)
+    np.testing.assert_allclose(runner.softmax(wide + shift), runner.softmax(wide), atol=1e-9)
+
+
+def test_softmax_figures_and_rows() -> None:
+    rows = runner.softmax(np.array([[0.0, math.log(3)], [1e4, -1e4]]))
+    np.testing.assert_allclose(rows, [[0.25, 0.75], [1.0, 0.0]], rtol=1e-15)
+
+
+def test_classify_gives_whole_answers_best_first() -> None:
+    outputs = {"logits": np.log(np.array([[0.1, 0.2, 0.05, 0.4, 0.05, 0.15, 0.05]], np.float32))}
+    answers = runner.classify(outputs, SPEC, 3)
+    assert [(answer["label"], answer["class_id"]) for answer in answers] == [("Blüte", 3), ("flower", 1), ("leaf", 5)]
+    assert [answer["score"] for answer in answers] == pytest.approx([0.4, 0.2, 0.15], rel=1e-6)
+    assert [set(answer) for answer in answers] == [{"label", "class_id", "score"}] * 3
+    assert json.loads(json.dumps(answers)) == answers  # no numpy types
+
+
+def test_classify_gives_ties_in_class_order_and_all_for_zero() -> None:
+    outputs = {"logits": np.array([[1, 2, 2, 1, 2, 1, 1]], np.float32)}
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, 0)] == [1, 2, 4, 0, 3, 5, 6]
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, 99)] == [1, 2, 4, 0, 3, 5, 6]
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC)] == [1, 2, 4, 0, 3]
+    assert sum(answer["score"] for answer in runner.classify(outputs, SPEC, 0)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_classify_has_no_answer_for_an_output_that_is_no_number(value: float) -> None:
+    with pytest.raises(RunnerError, match="not finite"):
+        runner.classify({"logits": np.array([[0, value, 0, 0, 0, 0, 0]], np.float32)}, SPEC)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Session
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("4.14.0", (4, 14, 0)),
+        ("5.0.0-pre", (5, 0, 0)),
+        ("4.5.4-dev", (4, 5, 4)),
+        ("4.5.4-42-gabc123", (4, 5, 4)),
+        ("4.6.0.66", (4, 6, 0)),
+        ("5.1", (5, 1, 0)),
+        ("5.1-rc2", (5, 1, 0)),
+        ("", (0, 0, 0)),
+    ],
+)
+def test_opencv_versions_are_three_numbers(text: str, version: tuple[int, int, int]) -> None:
+    assert runner.opencv_version(text) == version
+
+
+def test_the_opencv_in_use_is_meant_by_default() -> None:
+    assert runner.opencv_version() == runner.opencv_version(cv2.__version__) >= (4, 5, 4)
+
+
+@pytest.mark.parametrize("engine", ["auto", *runner.engines()])
+def test_a_session_names_the_engine_that_runs_and_answers_by_output_name(built: Path, engine: str) -> None:
+    session = runner.Session(built / "model.onnx", engine)
+    assert session.engine == (runner.engines()[0] if engine == "auto" else engine)
+    image = runner.read_image(built / "check" / "china.jpg")
+    outputs = session(runner.preprocess(image, SPEC))
+    (row,) = [row for row in expected_rows(built) if row["file"] == "china.jpg"]
+    assert set(outputs) == {"logits"} and outputs["logits"].dtype == np.float32
+    np.testing.assert_allclose(outputs["logits"], row["outputs"]["logits"], rtol=1e-4)
+
+
+def test_an_answer_is_not_overwritten_by_the_next(built: Path) -> None:
+    session = runner.Session(built / "model.onnx")
+    first = session(np.zeros((1, 3, 32, 48), np.float32))["logits"]
+    kept = first.copy()
+    second = session(np.ones((1, 3, 32, 48), np.float32))["logits"]
+    assert np.array_equal(first, kept) and not np.array_equal(first, second)
+
+
+def test_a_session_takes_the_threads_it_is_told(built: Path) -> None:
+    before = cv2.getNumThreads()
+    try:
+        assert runner.Session(built / "model.onnx", threads=1).threads == 1
+        assert runner.Session(built / "model.onnx", threads=2).threads == 2
+        assert runner.Session(built / "model.onnx", threads=0).threads == 2  # left as it was
+    finally:
+        cv2.setNumThreads(before)
+
+
+def test_what_cannot_be_loaded_is_said_in_a_line(built: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"has no engine 'fast'.*classic"):
+        runner.Session(built / "model.onnx", "fast")
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(b"not a model")
+    for path in (damaged, tmp_path / "missing.onnx"):
+        with pytest.raises(RunnerError, match=r"cannot load .*\.onnx") as caught:
+            runner.Session(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_a_name_that_is_not_utf8_is_refused_where_opencv_would_crash(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    with pytest.raises(RunnerError, match=r"caf\\udce9/model\.onnx', whose name is not UTF-8: rename it"):
+        runner.Session(folder / "model.onnx")
+    video = write_video(tmp_path / "clip.avi", 2).rename(folder / "clip.avi")
+    ((_, error),) = told(runner.frames([str(folder)]))
+    assert "whose name is not UTF-8" in str(error)
+    with pytest.raises(RunnerError, match="whose name is not UTF-8"):
+        runner.Drawings(folder).add(Frame(str(video), image=some_image(4, 4), frame=0), ANSWERS)
+
+
+def test_a_network_that_cannot_run_raises_a_runner_error(built: Path) -> None:
+    with pytest.raises(RunnerError, match="cannot run the model"):
+        runner.Session(built / "model.onnx")(np.zeros((1, 3, 32), np.float32))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bundle
+
+
+def test_a_manifest_is_read_when_every_file_is_the_one_that_was_built(built: Path) -> None:
+    manifest = runner.read_manifest(built)
+    assert manifest == json.loads((built / "manifest.json").read_text("utf-8"))
+    assert sorted(manifest["files"]) == [
+        "check/china.jpg",
+        "check/expected.json",
+        "check/flower.jpg",
+        "check/petals.png",
+        "check/roof.png",
+        "model.onnx",
+        "run.py",
+    ]
+
+
+def test_the_manifests_sum_is_of_its_canonical_json() -> None:
+    content = {"b": [1, "ü"], "a": 0.1}
+    canonical = rb'{"a":0.1,"b":[1,"\u00fc"]}'  # sorted, no blanks, ASCII
+    assert runner.manifest_sha256(content) == hashlib.sha256(canonical).hexdigest()
+    assert runner.manifest_sha256({"sha256": "anything", "a": 0.1, "b": [1, "ü"]}) == runner.manifest_sha256(content)
+    assert runner.manifest_sha256({**content, "c": None}) != runner.manifest_sha256(content)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "run.py", "check/china.jpg", "check/roof.png", "check/expected.json"])
+def test_a_changed_or_missing_file_is_refused_by_name(bundle: Path, name: str) -> None:
+    data = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(RunnerError, match=rf"{name} is not the file that was built: copy the bundle again"):
+        runner.read_manifest(bundle)
+    (bundle / name).unlink()
+    with pytest.raises(RunnerError, match=rf"{name} cannot be read .No such file.*copy the bundle again"):
+        runner.Model(bundle)
+
+
+@pytest.mark.parametrize("key", ["spec", "proved", "files", "tolerances", "threads", "target", "provenance"])
+def test_a_changed_manifest_is_refused(bundle: Path, key: str) -> None:
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text("utf-8"))
+    manifest[key] = {"changed": manifest[key]}
+    path.write_text(json.dumps(manifest), "utf-8")
+    with pytest.raises(RunnerError, match="was changed after it was built"):
+        runner.read_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is damaged"),
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ("{}", "is damaged"),
+        ("null", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("\udcff", "is damaged"),
+        ('{"schema": "edgekit.bundle/2"}', "has schema 'edgekit.bundle/2'; this run.py reads 'edgekit.bundle/1'"),
+        ('{"schema": null}', "has schema None"),
+        ('{"schema": "edgekit.bundle/1"}', "was changed after it was built"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RunnerError, match=message):
+        runner.read_manifest(tmp_path)
+
+
+def test_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"no bundle at .*manifest\.json \(No such file"):
+        runner.read_manifest(tmp_path)
+
+
+def test_the_proved_engine_is_the_first_of_this_opencv() -> None:
+    here = cv2.__version__
+    rows = [{"opencv": "3.4.1", "engine": "old"}, {"opencv": here, "engine": "b"}, {"opencv": here, "engine": "a"}]
+    assert runner.proved_engine({"proved": rows}) == "b"
+    assert runner.proved_engine({"proved": rows[:1]}) is None
+    assert runner.proved_engine({"proved": [{"opencv": f"{here}-pre", "engine": "c"}]}) == "c"
+
+
+def test_the_python_api_answers_as_the_network_that_was_built(built: Path) -> None:
+    model = runner.Model(str(built), threads=1)
+    for row in expected_rows(built):
+        answers = model(cv2.imread(str(built / "check" / row["file"])))
+        assert [answer["class_id"] for answer in answers] == [want["class_id"] for want in row["results"]]
+        assert [a["score"] for a in answers] == pytest.approx([want["score"] for want in row["results"]], rel=1e-4)
+    assert len(model(bundles.photo("china"), 0)) == 7
+    with pytest.raises(RunnerError, match="found NoneType"):
+        model(cv2.imread("missing.jpg"))
+
+
+def test_the_conditions_are_those_found_here(built: Path) -> None:
+    conditions = runner.Model(built, threads=1).conditions()
+    assert conditions["cpu"] and conditions["python"]
+    assert {key: conditions[key] for key in ("opencv", "engine", "backend", "precision", "threads")} == {
+        "opencv": cv2.__version__,
+        "engine": runner.engines()[0],
+        "backend": "opencv",
+        "precision": "fp32",
+        "threads": 1,
+    }
+    assert conditions["proved_on_this_opencv"] is True
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with images, a video and other things."""
+    photos = tmp_path / "photos"
+    (photos / "b").mkdir(parents=True)
+    for name in ("b/2.PNG", "b/1.png", "a.png", "c[1].png"):
+        (photos / name).write_bytes(png(some_image(4, 6)))
+    (photos / "notes.txt").write_text("no image")
+    write_video(photos / "b" / "clip.avi", 3)
+    monkeypatch.chdir(tmp_path)
+    return photos
+
+
+def told(frames: Iterator[Frame]) -> list[tuple[str, str | int | None]]:
+    """(source, error or frame number) of each."""
+    return [(frame.source, frame.error or frame.frame) for frame in frames]
+
+
+@pytest.mark.usefixtures("sources")
+def test_a_folder_gives_all_below_it_sorted() -> None:
+    assert told(runner.frames(["photos"])) == [
+        ("photos/a.png", None),
+        ("photos/b/1.png", None),
+        ("photos/b/2.PNG", None),
+        ("photos/b/clip.avi", 0),
+        ("photos/b/clip.avi", 1),
+        ("photos/b/clip.avi", 2),
+        ("photos/c[1].png", None),
+    ]
+
+
+@pytest.mark.usefixtures("sources")
+def test_sources_come_in_the_order_given_and_globs_sorted() -> None:
+    assert told(runner.frames(["photos/b/?.*", "photos/a.png", "photos/c[1].png"])) == [
+        ("photos/b/1.png", None),
+        ("photos/b/2.PNG", None),
+        ("photos/a.png", None),
+        ("photos/c[1].png", None),  # a name, though it reads like a pattern
+    ]
+    # A folder that a pattern matches is meant as a whole, and nothing comes twice.
+    assert told(runner.frames(["photos/[bz]"])) == told(runner.frames(["photos/b"]))
+    pngs = ["photos/a.png", "photos/b/1.png", "photos/b/2.PNG", "photos/c[1].png"]
+    found = [source for source, _ in told(runner.frames(["photos/**"])) if source.lower().endswith("png")]
+    assert found == pngs
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("missing.png", "No such file or directory"),
+        ("missing.mp4", "No such file or directory"),
+        ("photos/notes.txt", "not an image that OpenCV can decode"),
+        ("photos/*.gif", "nothing matches"),
+        ("empty", "no image or video in this folder"),
+        ("", "a source with an empty name"),
+        ("a" * 5000, "File name too long"),
+        ("zero\0byte", "embedded null byte"),
+    ],
+)
+@pytest.mark.usefixtures("sources")
+def test_what_cannot_be_read_is_told_and_the_rest_goes_on(source: str, error: str) -> None:
+    Path("empty").mkdir()
+    assert told(runner.frames([source, "photos/a.png"])) == [(source, error), ("photos/a.png", None)]
+
+
+def test_a_link_that_leads_nowhere_is_told(sources: Path) -> None:
+    (sources / "b" / "3.png").symlink_to("gone.png")
+    (sources / "b" / "4.mp4").symlink_to("gone.mp4")
+    assert told(runner.frames(["photos/b"]))[-2:] == [("photos/b/clip.avi", 1), ("photos/b/clip.avi", 2)]
+    assert told(runner.frames(["photos/b"]))[2:4] == [
+        ("photos/b/3.png", "No such file or directory"),
+        ("photos/b/4.mp4", "No such file or directory"),
+    ]
+
+
+def test_an_image_comes_as_it_is_and_without_a_frame_number(sources: Path) -> None:
+    (frame,) = runner.frames([str(sources / "a.png")])
+    assert frame.image is not None and np.array_equal(frame.image, some_image(4, 6))
+    assert replace(frame, image=None) == Frame(str(sources / "a.png"))
+
+
+def test_a_video_comes_frame_by_frame_with_its_times(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.avi", 7)
+    frames = list(runner.frames([str(path)]))
+    assert [frame.frame for frame in frames] == [0, 1, 2, 3, 4, 5, 6]
+    assert [frame.seconds for frame in frames] == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4, 0.48])
+    assert {(frame.source, frame.error, frame.fps) for frame in frames} == {(str(path), "", 12.5)}
+    for number, frame in enumerate(frames):
+        assert frame.image is not None and frame.image.shape == (48, 64, 3)
+        assert np.abs(frame.image.astype(int) - 30 * number).max() <= 3
+
+
+def test_a_video_without_a_believable_rate_has_no_times(tmp_path: Path) -> None:
+    frames = list(runner.frames([str(write_video(tmp_path / "clip.mp4", 2, fps=5000, codec="mp4v"))]))
+    assert [(frame.frame, frame.seconds, frame.fps) for frame in frames] == [(0, None, 0.0), (1, None, 0.0)]
+
+
+def test_a_stream_that_ends_by_itself_has_broken_off(tmp_path: Path) -> None:
+    path = str(write_video(tmp_path / "clip.avi", 2))
+    frames = list(runner._video_frames("camera:0", path, live=True))
+    assert [frame.seconds for frame in frames] == [None] * 3
+    assert told(iter(frames)) == [("camera:0", 0), ("camera:0", 1), ("camera:0", "the stream broke off after 2 frames")]
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_damaged_video_is_told(tmp_path: Path, size: int) -> None:
+    path = write_video(tmp_path / "clip.avi", 2)
+    path.write_bytes(path.read_bytes()[:size])
+    ((source, error),) = told(runner.frames([str(path)]))
+    assert source == str(path) and "cannot be opened as a video" in str(error)
+
+
+def test_a_url_that_does_not_answer_is_told() -> None:
+    ((source, error),) = told(runner.frames(["http://127.0.0.1:9/clip.mp4"]))
+    assert source == "http://127.0.0.1:9/clip.mp4" and "cannot be opened as a video" in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drawing
+
+ANSWERS = [
+    {"label": "hand sign five", "class_id": 5, "score": 0.9734},
+    {"label": "no overtaking by heavy goods vehicles over 3.5 t", "class_id": 3, "score": 0.02},
+    {"label": "Überholverbot", "class_id": 1, "score": 0.0066},
+    {"label": "never shown", "class_id": 0, "score": 0.0},
+]
+
+
+@pytest.mark.parametrize(
+    "shape", [(427, 640), (8, 8), (1, 1), (300, 60), (20, 500), (1, 4000), (241, 321), (720, 1280)]
+)
+def test_a_drawing_is_the_image_with_the_answers_below(shape: tuple[int, int]) -> None:
+    image = some_image(*shape)
+    drawn = runner.draw(image, ANSWERS)
+    factor = math.ceil(320 / max(shape))
+    height, width = shape[0] * factor, shape[1] * factor
+    assert drawn.dtype == np.uint8 and drawn.shape[1] == max(320, width)
+    assert np.array_equal(drawn[:height, :width], image.repeat(factor, axis=0).repeat(factor, axis=1))
+    below = drawn[height:].astype(int)
+    assert below.max() == 255  # the best answer, in white
+    assert below.shape[0] > 50
+    frame = np.concatenate([below[-3:].ravel(), below[:, :2].ravel(), below[:, -2:].ravel()])
+    assert (frame == 32).all()  # no letter touches an edge
+    assert np.array_equal(runner.draw(image, ANSWERS[:3]), drawn)
+
+
+def test_a_label_that_cannot_be_drawn_is_its_number() -> None:
+    image = some_image(40, 400)
+    number = [{**ANSWERS[2], "label": "class 1"}]
+    assert np.array_equal(runner.draw(image, ANSWERS[2:3]), runner.draw(image, number))
+    assert not np.array_equal(runner.draw(image, number), runner.draw(image, [{**number[0], "label": "class 2"}]))
+
+
+def test_no_answers_are_drawn_as_none() -> None:
+    image = some_image(40, 400)
+    assert np.array_equal(runner.draw(image, [])[:40], image)
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=80), st.integers(0, 400))
+def test_a_label_is_cut_to_its_place(text: str, width: int) -> None:
+    shown = runner._cut(text, width, 0.5, 1)
+    assert shown == "..." or runner._text_width(shown, 0.5, 1) <= width
+    assert shown == text or (shown.endswith("...") and text.startswith(shown[:-3]))
+
+
+def test_drawings_of_one_name_are_all_kept(tmp_path: Path) -> None:
+    (tmp_path / "a-2.jpg").write_bytes(b"mine")
+    drawings = runner.Drawings(tmp_path)
+    for source in ("x/a.png", "y/a.jpg", "z/a-2.png", "a-2", "rtsp://host:554", "http://host/b.jpg?q=1", "é/ü.png"):
+        drawings.add(Frame(source, image=some_image(4, 4)), ANSWERS)
+    drawings.close()
+    names = ["a-2-2.jpg", "a-2-3.jpg", "a-2.jpg", "a-3.jpg", "a.jpg", "b.jpg", "host-554.jpg", "ü.jpg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "a-2.jpg").read_bytes() == b"mine"
+    assert {runner.read_image(path).shape for path in tmp_path.glob("*.jpg") if path.name != "a-2.jpg"} == {
+        runner.draw(some_image(4, 4), ANSWERS).shape
+    }
+
+
+@pytest.mark.parametrize(("fps", "written"), [(12.5, 12.5), (0.0, 25.0)])
+def test_drawn_videos_can_be_read_again(tmp_path: Path, fps: float, written: float) -> None:
+    drawings = runner.Drawings(tmp_path / "new" / "folder")
+    images = [np.full((241, 321, 3), 60 * number, np.uint8) for number in range(3)]
+    for source in ("clip.mp4", "clip.mp4", "other/clip.mp4"):  # the same one twice: two films
+        for number, image in enumerate(images):
+            drawings.add(Frame(source, image=image, frame=number, fps=fps), ANSWERS)
+    drawings.close()
+    drawings.close()
+    paths = sorted((tmp_path / "new" / "folder").iterdir())
+    assert [path.name for path in paths] == ["clip-2.avi", "clip-3.avi", "clip.avi"]
+    for path in paths:
+        capture = cv2.VideoCapture(str(path))
+        assert capture.get(cv2.CAP_PROP_FPS) == written
+        for image in images:
+            ok, read = capture.read()
+            drawn = runner.draw(image, ANSWERS)
+            assert ok and read.shape[0] in (drawn.shape[0], drawn.shape[0] - 1)
+            assert np.abs(read[:200, :300].astype(int) - drawn[:200, :300]).max() < 8
+        assert not capture.read()[0]
+        capture.release()
+
+
+def test_a_folder_that_cannot_be_made_or_is_gone_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunnerError, match=r"cannot make the folder .*file"):
+        runner.Drawings(tmp_path / "file")
+    drawings = runner.Drawings(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(RunnerError, match=r"cannot write .*a\.jpg: No such file"):
+        drawings.add(Frame("a.png", image=some_image(4, 4)), ANSWERS)
+    with pytest.raises(RunnerError, match=r"cannot write the video .*clip\.avi"):
+        drawings.add(Frame("clip.avi", image=some_image(4, 4), frame=0, fps=25.0), ANSWERS)
+
+
+def test_a_picture_too_large_for_jpeg_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"cannot write .*long\.jpg"):
+        runner.Drawings(tmp_path).add(Frame("long.png", image=some_image(70_000, 1)), ANSWERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# check
+
+
+def expected_rows(bundle: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((bundle / "check" / "expected.json").read_text("utf-8"))["images"]
+    return rows
+
+
+def change_expected(bundle: Path, change: Callable[[list[dict[str, Any]]], None]) -> runner.Model:
+    """A bundle with other expectations, signed again."""
+    rows = expected_rows(bundle)
+    change(rows)
+    (bundle / "check" / "expected.json").write_text(json.dumps({"images": rows}), "utf-8")
+    bundles.sign(bundle)
+    return runner.Model(bundle, threads=1)
+
+
+def times(factor: float) -> Callable[[list[dict[str, Any]]], None]:
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[0]["outputs"]["logits"] = (np.array(rows[0]["outputs"]["logits"]) * factor).tolist()
+
+    return change
+
+
+def test_a_bundle_as_built_passes_its_check(built: Path) -> None:
+    rows = runner.check(runner.Model(built, threads=1))
+    for row, want in zip(rows, expected_rows(built), strict=True):
+        assert set(row) == {"file", "ok", "pixels_identical", "relative_error", "expected", "actual", "reason"}
+        assert (row["file"], row["ok"], row["pixels_identical"], row["reason"]) == (want["file"], True, True, "")
+        assert 0 <= row["relative_error"] < 1e-5
+        assert row["expected"] == want["results"][:1] and len(row["actual"]) == 1
+        assert row["actual"][0]["class_id"] == want["results"][0]["class_id"]
+
+
+def test_outputs_outside_the_tolerance_fail(bundle: Path) -> None:
+    first, *others = runner.check(change_expected(bundle, times(1 + 2e-4)))
+    assert not first["ok"] and all(row["ok"] for row in others)
+    assert first["relative_error"] == pytest.approx(2e-4, rel=0.01)
+    assert first["reason"] == "outputs differ by 0.0002 of the largest; at most 0.0001 is allowed"
+
+
+def test_outputs_inside_the_tolerance_pass(bundle: Path) -> None:
+    assert all(row["ok"] for row in runner.check(change_expected(bundle, times(1 + 0.5e-4))))
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.04, True), (1.06, False)])
+def test_other_pixels_have_the_looser_tolerance(bundle: Path, factor: float, ok: bool) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        times(factor)(rows)
+        rows[0]["pixels_sha256"] = "0" * 64
+
+    row = runner.check(change_expected(bundle, change))[0]
+    assert (row["pixels_identical"], row["ok"]) == (False, ok)
+
+
+def test_a_missing_output_another_shape_or_a_nan_fails(bundle: Path) -> None:
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[0]["outputs"]["boxes"] = [[1.0]]
+        rows[1]["outputs"]["logits"] = rows[1]["outputs"]["logits"][0]
+        rows[2]["outputs"]["logits"][0][0] = math.nan
+
+    rows = runner.check(change_expected(bundle, change))
+    assert [(row["ok"], row["relative_error"]) for row in rows[:3]] == [(False, None)] * 3
+    assert [row["actual"] for row in rows[:2]] == [[], []]
+    assert rows[3]["ok"]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_an_image_that_this_opencv_cannot_decode_fails_by_name(bundle: Path) -> None:
+    (bundle / "check" / "china.jpg").write_bytes(b"no image")
+    bundles.sign(bundle)
+    first, *others = runner.check(runner.Model(bundle, threads=1))
+    assert first == {
+        "file": "china.jpg",
+        "ok": False,
+        "pixels_identical": False,
+        "relative_error": None,
+        "expected": expected_rows(bundle)[0]["results"][:1],
+        "actual": [],
+        "reason": "not an image that OpenCV can decode",
+    }
+    assert all(row["ok"] for row in others)
+
+
+def test_a_check_of_no_images_does_not_pass(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_expected(bundle, list.clear)
+    assert runner.main(["check", "--bundle", str(bundle)]) == 1
+    assert capsys.readouterr().out.startswith("CHECK FAILED: 0 of 0 images")
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "difference"),
+    [
+        ([1.0, -4.0], [1.0, -4.0], 0.0),
+        ([1.0, -3.0], [1.0, -4.0], 0.25),
+        ([2.0, -4.0], [1.0, -4.0], 0.25),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([0.0, 1e-9], [0.0, 0.0], 1e3),  # nothing is the whole scale: then any difference is large
+        ([1.0, math.nan], [1.0, 1.0], math.inf),
+        ([1.0, -math.inf], [1.0, 1.0], math.inf),
+        ([[1.0, 2.0]], [1.0, 2.0], math.inf),
+        (None, [1.0], math.inf),
+    ],
+)
+def test_a_difference_is_a_share_of_the_largest_value(actual: Any, expected: Any, difference: float) -> None:
+    found = None if actual is None else np.array(actual, np.float32)
+    assert runner.relative_difference(found, np.array(expected, np.float32)) == pytest.approx(difference)
+
+
+def test_a_difference_from_nan_is_within_no_tolerance() -> None:
+    assert not runner.relative_difference(np.ones(2, np.float32), np.array([1, math.nan], np.float32)) <= 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# bench
+
+
+@pytest.mark.parametrize(
+    ("count", "p90", "p99"),
+    [(1, False, False), (63, False, False), (64, True, False), (661, True, False), (662, True, True)],
+)
+def test_a_percentile_is_given_from_as_many_samples_as_it_needs(count: int, p90: bool, p99: bool) -> None:
+    samples = list(range(1, count + 1))
+    assert runner.percentiles(samples[::-1]) == {
+        "p50": (count + 1) / 2,
+        "p90": pytest.approx(1 + 0.9 * (count - 1)) if p90 else None,
+        "p99": pytest.approx(1 + 0.99 * (count - 1)) if p99 else None,
+    }
+
+
+@pytest.mark.parametrize(("percent", "floor"), [(90, 64), (99, 662)])
+def test_the_floors_are_where_two_samples_lie_above_the_true_percentile(percent: int, floor: int) -> None:
+    """In whole numbers: the chance that at most one of n samples is above a percentile p, times 100 ** n."""
+
+    def at_most_one_above(n: int) -> int:
+        return int(percent**n + n * (100 - percent) * percent ** (n - 1))
+
+    assert 100 * at_most_one_above(floor) <= 100**floor
+    assert 100 * at_most_one_above(floor - 1) > 100 ** (floor - 1)
+
+
+def test_a_bench_reports_every_stage(built: Path) -> None:
+    report = runner.bench(runner.Model(built, threads=1), seconds=0.01, min_iterations=70)
+    assert set(report) == {
+        "iterations",
+        "first_ms",
+        "end_to_end_ms",
+        "decode_ms",
+        "preprocess_ms",
+        "forward_ms",
+        "postprocess_ms",
+        "conditions",
+    }
+    assert report["iterations"] >= 70 and report["first_ms"] > 0
+    stages = [report[f"{stage}_ms"] for stage in runner.STAGES]
+    assert all(0 < stage["p50"] <= stage["p90"] and stage["p99"] is None for stage in stages[:3])
+    # Decoding a 640 x 427 JPEG is most of this tiny network's time, so a stage that took another's would show.
+    assert stages[0]["p50"] > stages[3]["p50"]
+    assert max(stage["p50"] for stage in stages) < report["end_to_end_ms"]["p50"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands, in this process
+
+
+def test_numbers_on_the_command_line_are_told_when_they_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in {
+        ("infer", "--top-k", "-1"): "expected a whole number, 0 or more, found '-1'",
+        ("infer", "--frames", "1.5"): "expected a whole number, 0 or more, found '1.5'",
+        ("infer", "--threads", "two"): "expected a whole number, 0 or more, found 'two'",
+        ("bench", "--seconds", "0"): "expected a number above 0, found '0'",
+        ("bench", "--seconds", "inf"): "expected a number above 0, found 'inf'",
+        ("bench", "--seconds", "nan"): "expected a number above 0, found 'nan'",
+        ("bench", "--seconds", "soon"): "expected a number above 0, found 'soon'",
+    }.items():
+        with pytest.raises(SystemExit) as caught:
+            runner.main(arguments)
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_forward_gives_the_raw_outputs(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blobs = np.random.default_rng(0).normal(size=(3, 3, 32, 48)).astype(np.float32)
+    np.save(tmp_path / "x.npy", blobs)
+    command = ["forward", "--model", str(built / "model.onnx"), "--input", str(tmp_path / "x.npy")]
+    engine = runner.engines()[-1]
+    assert runner.main([*command, "--engine", engine, "--output", str(tmp_path / "y.npz")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"opencv": cv2.__version__, "engine": engine, "outputs": ["logits"]}
+    session = runner.Session(built / "model.onnx", engine)
+    with np.load(tmp_path / "y.npz") as arrays:
+        assert np.array_equal(arrays["logits"], np.concatenate([session(blob[None])["logits"] for blob in blobs]))
+    (tmp_path / "x.npy").write_bytes(b"no array")
+    assert runner.main([*command, "--output", str(tmp_path / "y.npz")]) == 2
+    assert "run.py: cannot read" in capsys.readouterr().err
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_characters="\0\r\n\ufeff", exclude_categories=["Cs"]), min_size=1), max_size=5
+    )
+)
+@example(["b\x85c", " d ", "e\u2028f"])
+def test_a_list_has_a_source_a_line(tmp_path: Path, names: list[str]) -> None:
+    wanted = [name for name in names if name.encode().strip()]
+    for start, end in (("", "\n"), ("\ufeff", "\r\n")):
+        (tmp_path / "list.txt").write_bytes((start + "".join(name + end for name in names)).encode())
+        assert runner._read_list(str(tmp_path / "list.txt")) == wanted
+
+
+def test_a_list_of_names_that_are_not_utf8_gives_those_files(tmp_path: Path) -> None:
+    name = os.fsdecode(str(tmp_path).encode() + b"/caf\xe9.png")
+    Path(name).write_bytes(png(some_image(4, 6)))
+    (tmp_path / "list.txt").write_bytes(os.fsencode(name) + b"\n")
+    (source,) = runner._read_list(str(tmp_path / "list.txt"))
+    assert source == name
+    assert [frame.error for frame in runner.frames([source])] == [""]

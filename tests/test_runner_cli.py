@@ -1,0 +1,481 @@
+"""A bundle's run.py as a process of its own, as a device runs it."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bundles
+import cv2
+import numpy as np
+import pytest
+
+from edgekit import runner
+
+LABELS = set(bundles.SPEC.class_names)
+HERE = {"opencv": cv2.__version__, "backend": "opencv", "precision": "fp32", "threads": 1}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle to use, not to change. Its path has blanks and letters of other alphabets."""
+    return bundles.write_bundle(tmp_path_factory.mktemp("built") / "zwölf сигналы 信号 1")
+
+
+@pytest.fixture
+def bundle(built: Path, tmp_path: Path) -> Path:
+    """A bundle to spoil."""
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """a.jpg, deep/b.jpg, clip.avi (5 frames, 10 a second), and in bad/ what is no image."""
+    folder = tmp_path / "my photos"
+    (folder / "deep").mkdir(parents=True)
+    (tmp_path / "bad").mkdir()
+    for name, photo in {"a.jpg": "china", "deep/b.jpg": "flower"}.items():
+        (folder / name).write_bytes(cv2.imencode(".jpg", bundles.photo(photo))[1].tobytes())
+    writer = cv2.VideoWriter(str(folder / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 10, (160, 120))
+    for number in range(5):
+        writer.write(np.full((120, 160, 3), 50 * number, np.uint8))
+    writer.release()
+    (tmp_path / "bad" / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:5000])
+    (tmp_path / "bad" / "empty.png").write_bytes(b"")
+    return folder
+
+
+def run(bundle: Path, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """python run.py ARGUMENTS; warnings are errors there too."""
+    command = [sys.executable, "-W", "error", str(bundle / "run.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, **{"capture_output": True, "text": True, "encoding": "utf-8", "check": False, "timeout": 60, **options}
+    )
+
+
+def lines(answer: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
+def one_line(answer: subprocess.CompletedProcess[str]) -> str:
+    """The only line of stderr, of a command that was refused."""
+    assert (answer.returncode, answer.stdout) == (2, "")
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("run.py: ")
+    return line.removeprefix("run.py: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# infer
+
+
+def test_infer_answers_a_line_for_each_image_of_a_folder(built: Path, photos: Path) -> None:
+    answer = run(built, "infer", photos, "--top-k", "2")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    told = lines(answer)
+    assert [line["source"] for line in told] == [
+        str(photos / "a.jpg"),
+        *[str(photos / "clip.avi")] * 5,
+        str(photos / "deep" / "b.jpg"),
+    ]
+    model = runner.Model(built, threads=1)
+    expected = model(runner.read_image(photos / "a.jpg"), 2)
+    assert told[0] == {
+        "source": str(photos / "a.jpg"),
+        "results": [{**result, "score": round(result["score"], 6)} for result in expected],
+    }
+    assert [(line["frame"], line["seconds"]) for line in told[1:6]] == [(0, 0), (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert all(len(line["results"]) == 2 for line in told)
+
+
+def test_infer_takes_files_and_patterns_from_any_folder(built: Path, photos: Path) -> None:
+    answer = run(built, "infer", "my photos/a.jpg", "**/b.*", cwd=photos.parent)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert [line["source"] for line in lines(answer)] == ["my photos/a.jpg", "my photos/deep/b.jpg"]
+    assert all({result["label"] for result in line["results"]} <= LABELS for line in lines(answer))
+
+
+def test_infer_stops_after_the_frames_that_are_wanted(built: Path, photos: Path) -> None:
+    for wanted, given in {"3": 3, "0": 5, "99": 5}.items():
+        answer = run(built, "infer", photos / "clip.avi", "--frames", wanted)
+        assert answer.returncode == 0
+        assert [line["frame"] for line in lines(answer)] == list(range(given))
+
+
+def test_infer_top_k(built: Path, photos: Path) -> None:
+    for wanted, given in {"0": 7, "1": 1, "5": 5, "99": 7}.items():
+        (line,) = lines(run(built, "infer", photos / "a.jpg", "--top-k", wanted))
+        scores = [result["score"] for result in line["results"]]
+        assert len(scores) == given and scores == sorted(scores, reverse=True)
+        if given == 7:
+            assert sum(scores) == pytest.approx(1, abs=1e-5)
+            assert {result["label"] for result in line["results"]} == LABELS
+
+
+def test_infer_reads_lists(built: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("my photos/deep/b.jpg\n\nmy photos/*.jpg\n", "utf-8")
+    answer = run(built, "infer", "my photos/a.jpg", "--list", "list.txt", cwd=tmp_path)
+    assert answer.returncode == 0
+    assert [line["source"] for line in lines(answer)] == ["my photos/a.jpg", "my photos/deep/b.jpg", "my photos/a.jpg"]
+    # Names are UTF-8 whatever the terminal's language.
+    (photos / "Äpfel.jpg").write_bytes((photos / "a.jpg").read_bytes())
+    latin = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}
+    answer = run(built, "infer", "--list", "-", input="my photos/Äpfel.jpg\n", cwd=tmp_path, env=latin)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    (line,) = lines(answer)
+    assert os.fsencode(line["source"]) == "my photos/Äpfel.jpg".encode() and line["results"]
+
+
+def test_a_bad_image_is_told_and_the_run_goes_on(built: Path, photos: Path, tmp_path: Path) -> None:
+    sources = ("bad", "bad/none.jpg", "bad/none.mp4", "none/*.jpg", "my photos/a.jpg")
+    answer = run(built, "infer", *sources, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert lines(answer)[:-1] == [
+        {"source": "bad/cut.jpg", "error": "the JPEG file is cut off: copy it again"},
+        {"source": "bad/empty.png", "error": "the file is empty"},
+        {"source": "bad/none.jpg", "error": "No such file or directory"},
+        {"source": "bad/none.mp4", "error": "No such file or directory"},
+        {"source": "none/*.jpg", "error": "nothing matches"},
+    ]
+    assert lines(answer)[-1]["results"]
+    assert answer.stderr == ""
+    assert photos.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are text")
+def test_a_file_name_that_is_not_utf8_is_told_as_json(built: Path, photos: Path) -> None:
+    odd = os.fsencode(photos) + b"/caf\xe9.jpg"
+    (photos / "a.jpg").rename(os.fsdecode(odd))
+    (line,) = lines(run(built, "infer", os.fsdecode(os.fsencode(photos) + b"/*.jpg")))
+    assert os.fsencode(line["source"]) == odd and line["results"]
+
+
+def test_infer_draws(built: Path, photos: Path, tmp_path: Path) -> None:
+    shutil.copyfile(photos / "a.jpg", photos / "deep" / "a.jpg")
+    sources = ("my photos", "bad")
+    answer = run(built, "infer", *sources, "--draw", "drawn/here", "--top-k", "3", cwd=tmp_path)
+    assert answer.returncode == 2  # bad/ has no images, the rest is drawn all the same
+    drawn = tmp_path / "drawn" / "here"
+    assert sorted(path.name for path in drawn.iterdir()) == ["a-2.jpg", "a.jpg", "b.jpg", "clip.avi"]
+    image = runner.read_image(photos / "a.jpg")
+    wanted = runner.draw(image, lines(answer)[0]["results"])
+    assert wanted.shape[0] > image.shape[0]
+    assert np.abs(runner.read_image(drawn / "a.jpg").astype(int) - wanted).mean() < 4
+    capture = cv2.VideoCapture(str(drawn / "clip.avi"))
+    assert capture.get(cv2.CAP_PROP_FPS) == 10
+    assert [capture.read()[0] for _ in range(6)] == [True] * 5 + [False]
+    capture.release()
+
+
+def test_drawing_into_the_images_own_folder_leaves_them_alone(built: Path, photos: Path) -> None:
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    assert run(built, "infer", photos, "--draw", photos).returncode == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(path.name for path in photos.iterdir()) == [
+        "a-2.jpg",
+        "a.jpg",
+        "b.jpg",
+        "clip-2.avi",
+        "clip.avi",
+        "deep",
+    ]
+
+
+def test_a_reader_that_goes_away_ends_the_run_quietly(built: Path, photos: Path) -> None:
+    command = [sys.executable, str(built / "run.py"), "infer", *[str(photos)] * 20]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert json.loads(child.stdout.readline())["results"]
+        child.stdout.close()
+        assert (child.wait(60), child.stderr.read()) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["info", "check"])
+def test_a_reader_that_was_never_there_is_no_failure(built: Path, command: str) -> None:
+    child = [sys.executable, str(built / "run.py"), command]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as closed:
+        answer = subprocess.run(child, stdout=closed, stderr=subprocess.PIPE, check=False, timeout=60)
+    assert (answer.returncode, answer.stderr) == (0, b"")
+
+
+def test_infer_warns_where_the_bundle_was_not_proved(bundle: Path, photos: Path) -> None:
+    bundles.sign(bundle, proved=[{"opencv": "4.6.1", "engine": "classic"}, {"opencv": "4.7.1", "engine": "classic"}])
+    answer = run(bundle, "infer", photos / "a.jpg")
+    assert answer.returncode == 0 and lines(answer)[0]["results"]
+    assert answer.stderr == (
+        f"run.py: warning: this bundle was not proved on OpenCV {cv2.__version__} (proved on: 4.6.1, 4.7.1). "
+        "Run `python3 run.py check` before you trust its answers\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# check
+
+
+def test_check_passes_from_anywhere(built: Path, tmp_path: Path) -> None:
+    answer = run(built, "check", cwd=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    *rows, last = answer.stdout.splitlines()
+    assert [row.split()[:4] for row in rows] == [
+        ["ok", name, "same", "pixels"] for name in ("china.jpg", "flower.jpg", "petals.png", "roof.png")
+    ]
+    engine = runner.engines()[0]
+    assert last.startswith(f"check passed: 4 of 4 images as trained. OpenCV {cv2.__version__}, {engine} engine, ")
+
+
+def test_check_gives_its_figures_as_json(built: Path) -> None:
+    answer = run(built, "check", "--json", "--threads", "2")
+    said = json.loads(answer.stdout)
+    assert (answer.returncode, said["ok"], len(said["images"])) == (0, True, 4)
+    assert all(row["ok"] and row["pixels_identical"] and row["relative_error"] < 1e-5 for row in said["images"])
+    found = said["conditions"]
+    assert {key: found[key] for key in HERE} == {**HERE, "threads": 2}
+
+
+def test_check_takes_another_bundle(built: Path, tmp_path: Path) -> None:
+    lonely = tmp_path / "run.py"
+    shutil.copyfile(built / "run.py", lonely)
+    assert one_line(run(tmp_path, "check")).startswith(f"no bundle at {tmp_path}: cannot read manifest.json")
+    assert run(tmp_path, "check", "--bundle", built).returncode == 0
+
+
+def test_check_fails_on_another_network_that_was_signed(bundle: Path) -> None:
+    bundles.write_model(bundle / "model.onnx", seed=1)
+    bundles.sign(bundle)
+    answer = run(bundle, "check")
+    assert (answer.returncode, answer.stderr) == (1, "")
+    *rows, last = answer.stdout.splitlines()
+    assert all(row.startswith("FAILED") and "outputs differ by" in row for row in rows) and len(rows) == 4
+    assert last.startswith("CHECK FAILED: 0 of 4 images as trained")
+    said = json.loads(run(bundle, "check", "--json").stdout)
+    assert said["ok"] is False and not any(row["ok"] for row in said["images"])
+
+
+def test_check_fails_on_another_preprocessing_that_was_signed(bundle: Path) -> None:
+    bundles.sign(bundle, spec={**bundles.SPEC.to_dict(), "color_order": "bgr"})
+    assert run(bundle, "check").returncode == 1
+
+
+@pytest.mark.parametrize("command", ["infer", "check", "bench", "info"])
+def test_every_command_refuses_a_bundle_that_was_changed(bundle: Path, command: str) -> None:
+    bundles.write_model(bundle / "model.onnx", seed=1)
+    arguments = [bundle / "check"] if command == "infer" else []
+    assert one_line(run(bundle, command, *arguments)) == (
+        "the bundle's model.onnx is not the file that was built: copy the bundle again"
+    )
+
+
+def test_a_changed_run_py_refuses_itself(bundle: Path) -> None:
+    with (bundle / "run.py").open("a") as file:
+        file.write("\n# mine\n")
+    assert "run.py is not the file that was built" in one_line(run(bundle, "check"))
+
+
+def test_a_signed_file_that_is_no_network_is_told(bundle: Path) -> None:
+    (bundle / "model.onnx").write_bytes(b"no network")
+    bundles.sign(bundle)
+    answer = run(bundle, "check")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert f"run.py: OpenCV {cv2.__version__} cannot load " in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# bench, info
+
+
+def test_bench_measures_every_stage(bundle: Path) -> None:
+    expected = bundle / "check" / "expected.json"
+    rows = json.loads(expected.read_text("utf-8"))["images"]
+    expected.write_text(json.dumps({"images": rows[:1]}), "utf-8")  # of one image: medians of several do not add up
+    bundles.sign(bundle)
+    answer = run(bundle, "bench", "--seconds", "0.5", "--json")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    report = json.loads(answer.stdout)
+    assert {key: report["conditions"][key] for key in HERE} == HERE
+    stages = [report[f"{stage}_ms"]["p50"] for stage in ("decode", "preprocess", "forward", "postprocess")]
+    assert all(stage > 0 for stage in stages)
+    assert sum(stages) == pytest.approx(report["end_to_end_ms"]["p50"], rel=0.25)
+    assert report["iterations"] >= 20 and report["load_ms"] > 0 and report["first_ms"] > 0
+    assert (report["end_to_end_ms"]["p90"] is not None) == (report["iterations"] >= 64)
+
+
+def test_bench_prints_a_table_with_its_conditions(built: Path) -> None:
+    answer = run(built, "bench", "--seconds", "0.05")
+    assert answer.returncode == 0
+    head, *rows, load, conditions = answer.stdout.splitlines()
+    assert head.split() == ["ms", "p50", "p90", "p99"]
+    assert [row.split()[0] for row in rows] == ["decode", "preprocess", "forward", "postprocess", "end_to_end"]
+    assert all(float(row.split()[1]) >= 0 for row in rows) and len({len(row) for row in [head, *rows]}) == 1
+    assert load.startswith("load ") and " iterations" in load
+    assert conditions.startswith(f"OpenCV {cv2.__version__}, {runner.engines()[0]} engine, opencv, fp32, 1 threads, ")
+
+
+def test_info_tells_what_the_bundle_is(built: Path) -> None:
+    said = json.loads(run(built, "info", "--json").stdout)
+    assert {key: said["here"][key] for key in HERE} == HERE
+    assert said["classes"] == list(bundles.SPEC.class_names)
+    assert (said["name"], said["target"], said["task"], said["input_size"]) == ("tiny", "cpu", "classify", [32, 48])
+    answer = run(built, "info")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert [line.split()[0] for line in answer.stdout.splitlines()] == list(said)
+    assert 'classes      ["pagoda", "flower", "roof", "Blüte", "sky", "leaf", "lake"]' in answer.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Usage
+
+
+def test_no_command_shows_the_help(built: Path) -> None:
+    answer = run(built)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert all(command in answer.stderr for command in ("infer", "check", "bench", "info", "Exit codes"))
+
+
+def test_help_is_no_failure(built: Path) -> None:
+    answer = run(built, "infer", "--help")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert all(option in answer.stdout for option in ("--camera", "--draw", "--frames", "--list", "--top-k"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["infer"], "infer needs a SOURCE"),
+        (["infer", "--list", "/dev/null"], "infer needs a SOURCE"),
+        (["infer", "photo.jpg", "--camera", "0"], "infer needs a SOURCE (image, folder, glob, video, URL) or --list"),
+        (["infer", "--list", "missing.txt"], "cannot read the list missing.txt: No such file or directory"),
+        (["infer", "--list", "run.py.zip"], "is not a text of one source a line"),
+        (["infer", "photo.jpg", "--bundle", "nowhere"], "no bundle at nowhere: cannot read manifest.json"),
+        (["infer", "photo.jpg", "--draw", "run.py.zip"], "cannot make the folder run.py.zip"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(built: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "run.py.zip").write_bytes(b"PK\0\0")
+    assert message in one_line(run(built, *arguments, cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fly"], ["infer", "--top-k", "-1"], ["bench", "--seconds", "0"], ["check", "--fast"]]
+)
+def test_bad_usage_is_exit_code_2(built: Path, arguments: list[str]) -> None:
+    answer = run(built, *arguments)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "usage: run.py" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_missing_camera_is_told(built: Path) -> None:
+    answer = run(built, "infer", "--camera", "93")
+    assert answer.returncode == 2
+    (line,) = lines(answer)
+    assert line["source"] == "camera:93" and "cannot be opened" in line["error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One file for every device
+
+
+def test_missing_packages_are_told_with_what_to_do(built: Path) -> None:
+    """-I -S: as in a Python that has the standard library only."""
+    command = [sys.executable, "-I", "-S", str(built / "run.py"), "check"]
+    answer = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, timeout=60)
+    line = one_line(answer)
+    assert "No module named 'cv2'" in line
+    assert line.endswith(f"It needs numpy and OpenCV: python3 -m pip install -r {built / 'requirements.txt'}")
+
+
+ONLY = """
+import runpy, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, "numpy", "cv2"}:
+            raise ImportError(f"{name} is refused")
+
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, sys.argv.pop(1))
+for name in ("edgekit", "onnx", "pydantic"):
+    try:
+        __import__(name)
+    except ImportError as error:
+        assert str(error) == f"{name} is refused"
+    else:
+        raise AssertionError(f"{name} was let in")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "infer", "bench", "info"])
+def test_the_standard_library_numpy_and_opencv_are_enough(built: Path, command: str) -> None:
+    arguments = {"infer": [str(built / "check")], "bench": ["--seconds", "0.01"]}.get(command, [])
+    package = Path(runner.__file__).parents[1]  # so that edgekit could be imported if it were not refused
+    child = [sys.executable, "-c", ONLY, str(package), str(built / "run.py"), command, *arguments]
+    answer = subprocess.run(child, capture_output=True, text=True, encoding="utf-8", check=False, timeout=60)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert answer.stdout
+
+
+SOURCE = Path(runner.__file__).read_text(encoding="utf-8")
+
+
+def test_the_runner_is_small_and_imports_what_it_may() -> None:
+    assert len(SOURCE.encode()) < 100_000
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add((node.module or "").partition(".")[0])
+    assert imported <= {*sys.stdlib_module_names, "numpy", "cv2"}
+
+
+NEW_IN_3_9 = {
+    "removeprefix",
+    "removesuffix",
+    "is_relative_to",
+    "with_stem",
+    "readlink",
+    "hardlink_to",
+    "bit_count",
+    "randbytes",
+    "lcm",
+    "nextafter",
+    "ulp",
+    "to_thread",
+    "cache",
+    "pairwise",
+    "file_digest",
+    "walk_packages",
+}
+
+
+def test_the_runner_is_python_3_8() -> None:
+    """Its syntax, its generics outside annotations, and the methods and arguments that came later."""
+    tree = ast.parse(SOURCE, feature_version=(3, 8))
+    annotations = {id(part) for node in ast.walk(tree) for part in annotation_parts(node)}
+    used = [node for node in ast.walk(tree) if id(node) not in annotations]
+    for node in used:
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+            assert node.value.id not in {"dict", "list", "tuple", "set", "type"}, f"line {node.lineno}"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in NEW_IN_3_9, f"line {node.lineno}: {node.attr}"
+        if isinstance(node, ast.Call):
+            keywords = {keyword.arg for keyword in node.keywords}
+            assert not keywords & {"strict", "slots", "kw_only", "root_dir", "missing_ok", "newline"}, (
+                f"line {node.lineno}"
+            )
+    assert any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in tree.body)
+
+
+def annotation_parts(node: ast.AST) -> list[ast.AST]:
+    """What is never evaluated, thanks to `from __future__ import annotations`."""
+    found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+    return [part for annotation in found if annotation is not None for part in ast.walk(annotation)]
