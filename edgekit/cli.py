@@ -139,7 +139,6 @@ def init(
         raise UsageError(f"{output} exists already: choose another --output, or --force to overwrite it")
     dataset = _read_data(suggest(data, ()), skip_bad)
     write_text(output, to_toml(suggest(data, dataset.class_names)))
-    _print_data(dataset)
     typer.echo(f"wrote {output}. Next: edgekit finetune --recipe {output}")
 
 
@@ -184,16 +183,18 @@ def finetune(
         raise UsageError("--resume continues a run as it was begun: give it alone, without DATA or other settings")
     if not (resume or recipe or data):
         raise UsageError("nothing to train on: give DATA (an image folder or CSV), --recipe FILE or --resume RUN")
-    from edgekit.finetune import finetune as stage
-    from edgekit.finetune import resume as continue_run
     from edgekit.progress import display
 
+    # The stage imports torch, which takes seconds: bad data and bad recipes are said before.
     if resume:
+        from edgekit.finetune import resume as continue_run
+
         with display() as show:
             done = continue_run(resume, on_step=show.step, on_epoch=show.epoch)
     else:
         chosen, dataset = _plan(recipe, given, skip_bad)
-        _print_data(dataset, to_stderr=True)
+        from edgekit.finetune import finetune as stage
+
         with display() as show:
             done = stage(chosen, dataset, runs, on_step=show.step, on_epoch=show.epoch)
     if as_json:
@@ -221,29 +222,22 @@ def _plan(file: Path | None, changes: dict[tuple[str, ...], Any], skip_bad: bool
 
 
 def _read_data(recipe: Recipe, skip_bad: bool) -> Dataset:
-    from edgekit.datasets import read_dataset
-    from edgekit.progress import display
+    """Reads and checks the data, says what was found (on stderr), and stops where that is fatal."""
+    from edgekit import report
+    from edgekit.datasets import check_dataset, refuse_fatal
+    from edgekit.progress import console, display
 
     data = recipe.data
     with display() as show:
-        return read_dataset(
-            Path(data.path),
-            val_fraction=data.val_fraction,
-            split_seed=data.split_seed,
-            skip_bad=skip_bad,
-            progress=show.files,
+        dataset = check_dataset(
+            Path(data.path), val_fraction=data.val_fraction, split_seed=data.split_seed, progress=show.files
         )
-
-
-def _print_data(dataset: Dataset, to_stderr: bool = False) -> None:
-    from edgekit import report
-
-    typer.echo(
-        f"{len(dataset.train)} training and {len(dataset.val)} validation images in {len(dataset.class_names)} classes",
-        err=to_stderr,
-    )
+    counts = f"{len(dataset.train)} training and {len(dataset.val)} validation images"
+    console.print(f"{counts} in {len(dataset.class_names)} classes")
     if dataset.problems:
-        _print_table(report.problems_table(dataset.problems), to_stderr)
+        console.print(report.problems_table(dataset.problems))
+    refuse_fatal(dataset.problems, skip_bad=skip_bad)
+    return dataset
 
 
 @app.command()
@@ -256,6 +250,9 @@ def evaluate(
 
     Writes metrics.json, confusion.png, mistakes.jpg and report.html into the run folder.
     """
+    from edgekit.artifacts import open_run
+
+    open_run(run)
     from edgekit import report
     from edgekit.evaluate import evaluate as stage
     from edgekit.progress import display
@@ -276,6 +273,9 @@ def export(run: Run, as_json: AsJson = False) -> None:
 
     Exit code 1, and no model.onnx, where an engine computes something else than torch did.
     """
+    from edgekit.artifacts import open_run
+
+    open_run(run)
     from edgekit.export import export as stage
     from edgekit.progress import display
 
@@ -303,14 +303,15 @@ def bundle(
     Exports first where that was not done.
     """
     from edgekit.artifacts import open_run
+    from edgekit.targets import read_target
+
+    chosen, folder = read_target(target), open_run(run)
     from edgekit.bundle import bundle as stage
     from edgekit.export import export as export_stage
     from edgekit.progress import display
-    from edgekit.targets import read_target
 
-    chosen = read_target(target)
     with display() as show:
-        if not open_run(run).onnx.is_file():
+        if not folder.onnx.is_file():
             show.stage("export")
             export_stage(run, progress=show.stage)
         show.stage("bundle")
@@ -393,10 +394,10 @@ def doctor(as_json: AsJson = False) -> None:
         typer.echo(f"{marks[finding.ok]:<8} {finding.topic:<22} {finding.value}{advice}")
 
 
-def _print_table(table: object, to_stderr: bool = False) -> None:
+def _print_table(table: object) -> None:
     from rich.console import Console
 
-    Console(stderr=to_stderr).print(table)
+    Console().print(table)
 
 
 def _print_json(value: object) -> None:

@@ -20,7 +20,8 @@ import torch
 
 from edgekit import report, runner, tasks
 from edgekit.artifacts import RunFolder, open_run, write_bytes, write_json
-from edgekit.datasets import Sample, batches, missing, read_split
+from edgekit.batches import batches
+from edgekit.datasets import Sample, missing, read_split
 from edgekit.errors import ArtifactError, DataError
 from edgekit.tasks import classify
 

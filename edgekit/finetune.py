@@ -34,7 +34,8 @@ from edgekit.artifacts import (
     write_json,
     write_text,
 )
-from edgekit.datasets import Dataset, Sample, batches, missing, read_split, write_split
+from edgekit.batches import batches
+from edgekit.datasets import Dataset, Sample, missing, read_split, write_split
 from edgekit.doctor import cpu_computes_bfloat16
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted
 from edgekit.recipe import Recipe, to_toml

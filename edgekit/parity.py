@@ -152,11 +152,10 @@ def _run_onnxruntime(model: Path, blobs: np.ndarray) -> _Run:
         session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         source = session.get_inputs()[0].name
-        rows = [session.run(names, {source: blob[None]}) for blob in blobs]
+        columns = zip(*(session.run(names, {source: blob[None]}) for blob in blobs), strict=True)
+        return _Run("ok", "", {name: np.concatenate(arrays) for name, arrays in zip(names, columns, strict=True)})
     except Exception as error:  # noqa: BLE001 - its errors have no common base but Exception
         return _Run("raised", " ".join(str(error).split()), {})
-    columns = zip(*rows, strict=True)
-    return _Run("ok", "", {name: np.concatenate(arrays) for name, arrays in zip(names, columns, strict=True)})
 
 
 def _opencv_forward(opencv: OpenCV, engine: str) -> _Forward:

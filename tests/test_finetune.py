@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from edgekit import runner, tasks
 from edgekit.artifacts import RunFolder
-from edgekit.datasets import batches, read_dataset, read_split
+from edgekit.batches import batches
+from edgekit.datasets import read_dataset, read_split
 from edgekit.demo import digits_recipe
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted
 from edgekit.finetune import Epoch, Step, best_epoch, finetune, learning_rate, resume

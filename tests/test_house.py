@@ -9,7 +9,19 @@ PACKAGE = Path(__file__).parents[1] / "edgekit"
 
 LAYER_0 = {"errors", "runner"}
 RECORDS = LAYER_0 | {"recipe"}  # the run's choices; a record that nouns may read
-NOUNS = {"artifacts", "backbones", "datasets", "demo", "doctor", "parity", "progress", "recipe", "report", "targets"}
+NOUNS = {
+    "artifacts",
+    "backbones",
+    "batches",
+    "datasets",
+    "demo",
+    "doctor",
+    "parity",
+    "progress",
+    "recipe",
+    "report",
+    "targets",
+}
 STAGES = {"finetune", "evaluate", "export", "bundle"}
 TASKS = {"tasks", "tasks.classify"}
 
@@ -20,6 +32,7 @@ ALLOWED = {
     "recipe": LAYER_0,
     "targets": LAYER_0,
     "datasets": RECORDS,
+    "batches": RECORDS | {"datasets"},
     "backbones": RECORDS,
     "artifacts": RECORDS,
     "parity": RECORDS,
