@@ -504,25 +504,13 @@ def _is_cut_off(data: bytes) -> bool:
     the end mark is looked for here. A second decoder (PIL) would cost a second decoding and finds no more.
     """
     if data.startswith(b"\xff\xd8"):
-        return _jpeg_is_cut_off(data)
+        return runner.jpeg_is_cut_off(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         end = data.rfind(b"IEND")
         return end < 0 or end + 8 > len(data)  # its name is followed by a checksum of 4 bytes
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     return False
-
-
-def _jpeg_is_cut_off(data: bytes) -> bool:
-    # From segment to segment up to the pixels: a thumbnail inside the EXIF segment has an end mark of its own.
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xDA:  # start of scan: after it, FF D9 can only be the end mark
-            return data.find(b"\xff\xd9", position) < 0
-        is_fill = marker == 0xFF
-        position += 1 if is_fill else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return position + 4 > len(data)  # else: no JPEG structure; the decoder will say so
 
 
 def _oddities(data: bytes) -> list[tuple[str, str]]:
