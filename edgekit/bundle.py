@@ -216,6 +216,6 @@ Network input {size} px; classes: {classes}. Needs Python {python}, numpy and Op
 From Python: `from run import Model; Model("path/to/this/folder")(image)` with a BGR image, as cv2.imread gives it.
 
 Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input. `run.py` refuses files that are not those that
-were built. `check/` holds {images} images of the validation data, with the trained network's answers: they travel with the
-bundle, so share it only with who may see them.
+were built. `check/` holds {images} images of the validation data, with the trained network's answers: they travel with
+the bundle, so share it only with who may see them.
 """

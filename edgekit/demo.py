@@ -41,5 +41,5 @@ def digits_recipe(folder: Path, name: str) -> Recipe:
         data=Data(path=str(folder)),
         model=Model(input_size=(64, 64)),
         augment=Augment(horizontal_flip=0.0),
-        train=Train(head_epochs=1, epochs=5),
+        train=Train(head_epochs=1, epochs=4),
     )

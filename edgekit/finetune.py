@@ -37,7 +37,7 @@ from edgekit.artifacts import (
 from edgekit.batches import batches
 from edgekit.datasets import Dataset, Sample, missing, read_split, write_split
 from edgekit.doctor import cpu_computes_bfloat16
-from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted
+from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
 from edgekit.recipe import Recipe, to_toml
 from edgekit.tasks import TASKS, forward
 
@@ -115,6 +115,7 @@ def finetune(
     overwritten. Raises ConfigError, DataError, SetupError (no weights to be had) or ArtifactError before training;
     EdgekitError when the loss stops being a number.
     """
+    _fabric(recipe)  # a device that is not there is said before anything is made
     torch.manual_seed(recipe.train.seed)
     spec = backbones.default_spec(
         recipe.model.backbone,
@@ -270,6 +271,10 @@ def best_epoch(history: Sequence[Epoch]) -> Epoch:
 
 def _fabric(recipe: Recipe) -> Fabric:
     accelerator = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(recipe.train.device, recipe.train.device)
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise SetupError(
+            "the recipe's device is cuda, and torch finds none here: see `edgekit doctor`, or use auto or cpu"
+        )
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bfloat16" if _computes_bfloat16(accelerator) else "float32"

@@ -57,8 +57,8 @@ class Display:
     def epoch(self, epoch: Epoch) -> None:
         """A line that stays."""
         self._progress.console.print(
-            f"  epoch {epoch.epoch:>3}  {epoch.phase:<6}  loss {epoch.train_loss:.3f}  val loss {epoch.val_loss:.3f}  "
-            f"val top-1 {100 * epoch.val_top1:.2f} %  {epoch.images_per_second:.0f} images/s  {epoch.seconds:.0f} s"
+            f"  epoch {epoch.epoch:>2} {epoch.phase:<6}  loss {epoch.train_loss:.3f}  val {epoch.val_loss:.3f}  "
+            f"top-1 {100 * epoch.val_top1:.2f} %  {epoch.images_per_second:.0f} images/s  {epoch.seconds:.0f} s"
         )
 
     def _show(self, name: str, done: int, total: int, note: str) -> None:

@@ -98,7 +98,9 @@ class Train(_Section):
     warmup_fraction: Fraction = Field(0.15, description="Share of the steps in which the rate rises from 0.")
     label_smoothing: Fraction = Field(0.1, description="Share of each label spread over all the classes.")
     patience: Annotated[int, Field(ge=1)] = Field(5, description="Epochs without a better result before stopping.")
-    seed: int = Field(0, description="Order, augmentation and the head's start; same seed, same CPU: same weights.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Order, augmentation and the head's start; same seed, same CPU: same weights."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it, else float32."

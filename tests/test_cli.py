@@ -130,6 +130,14 @@ def weights_not_weights(folder: Path) -> list[object]:
     return ["finetune", good_data(folder), "--weights", folder / "notes.pth"]
 
 
+def without_cuda(folder: Path) -> list[object]:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    return ["finetune", good_data(folder), "--device", "cuda", "--no-pretrained"]
+
+
 # (name, makes the bad input and gives the command, what the one line must say)
 BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     ("no words at all", lambda f: ["finetune"], "give DATA .*--recipe FILE or --resume RUN"),
@@ -164,6 +172,7 @@ BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
         "no.pth.*--weights",
     ),
     ("a device that is not there", lambda f: ["finetune", good_data(f), "--device", "tpu"], "'auto', 'cpu' or 'cuda'"),
+    ("cuda where there is none", without_cuda, "torch finds none here.*edgekit doctor"),
     ("evaluating what is no run", lambda f: ["evaluate", f / "none"], "no run folder .*edgekit finetune"),
     ("exporting a folder that is no run", lambda f: ["export", good_data(f)], "is it a run"),
     ("bundling for an unknown target", lambda f: ["bundle", f, "--target", "toaster"], "toaster.*cpu"),
