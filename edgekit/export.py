@@ -1,123 +1,167 @@
-"""export: a trained network → model.onnx, which is there only once it has been compared with torch.
+"""export: the trained network as model.onnx, proved against torch through every engine that may run it.
 
-The comparison goes through ONNX Runtime and every engine of the OpenCV that is here, on real images of the run.
+    model.safetensors ─ torch.onnx ─ lower ─► parity ─► model.onnx, parity.json
+
+model.onnx appears only once it is proved; parity.json keeps the figures either way.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from timm.utils.model import reparameterize_model
 
-from edgekit import runner, tasks
-from edgekit.artifacts import open_run, replacing, write_json
+from edgekit import parity, runner, tasks
+from edgekit.artifacts import RunFolder, open_run, replacing, write_json
+from edgekit.errors import ArtifactError, ConfigError, ParityError
 from edgekit.lowering import lower
-from edgekit.parity import Verdict, compare, require
 from edgekit.recipe import Recipe
+
+CHECK_IMAGES = 8  # at most; one forward pass an engine and image
+INPUT_NAME = "image"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A model.onnx that computes what torch computes."""
+    """A proved model."""
 
     model: Path
     sha256: str
     size_bytes: int
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[parity.Verdict, ...]
 
 
-def export(run: Path, progress: Callable[[str], None] = lambda text: None) -> Exported:
-    """Writes model.onnx: input `image` float32 (1, 3, h, w), output `logits` float32 (1, C), one file, fixed shapes.
+def export(run: Path, progress: Callable[[str], None] | None = None) -> Exported:
+    """Writes a run's model.onnx: float32 image (1, 3, h, w) → float32 logits (1, C), weights inside, fixed shapes.
 
-    parity.json gets the figures either way. Where an engine differs from torch by more than the recipe's tolerance,
-    crashes or hangs, ParityError names it and the first differing node, and model.onnx stays as it was (or absent).
-    Raises ArtifactError when the folder is not a finished run. The same weights give the same bytes.
+    It is compared with the trained network, on the run's check images, through ONNX Runtime and each engine of the
+    OpenCV here; parity.json gets the figures. The same weights give the same bytes.
+
+    progress is told what is being done. Raises ArtifactError for a run that is damaged, ConfigError for a network
+    that cannot be written in the recipe's operator set, and ParityError where an engine computes something else;
+    a model.onnx of an earlier export is then left as it was.
     """
+    say = progress or (lambda _: None)
     folder = open_run(run)
-    recipe, spec = folder.read_recipe(), folder.read_spec()
-    model = tasks.load(folder)
-    blobs = np.concatenate([runner.preprocess(runner.read_image(path), spec) for path in folder.check_images()])
-    expected = tasks.forward(model, blobs)  # before any change that is made for export
-    progress("writing ONNX")
-    exported = lower(to_onnx(model, spec, recipe.export.opset))
-    onnx.checker.check_model(exported, full_check=True)
+    recipe = folder.read_recipe()
+    blobs = _check_blobs(folder)
+    module = tasks.load(folder)
+    expected = tasks.forward(module, blobs)
+    if not all(np.isfinite(array).all() for array in expected.values()):
+        raise ParityError(f"{folder.weights} gives NaN or infinite outputs: train it again, with a lower learning_rate")
+    say(f"exporting {recipe.model.backbone} to ONNX")
+    model = lower(_to_onnx(module, blobs.shape[2:], tuple(expected), recipe))
+    onnx.checker.check_model(model, full_check=True)
     with replacing(folder.onnx) as temporary:
-        onnx.save(exported, temporary)
-        progress("comparing with torch")
-        verdicts = compare(temporary, blobs, expected, tolerance=recipe.export.tolerance)
-        sha256 = runner.file_sha256(temporary)
-        write_json(folder.parity, _figures(recipe, verdicts, len(blobs), sha256))
-        require(verdicts)
-    return Exported(folder.onnx, sha256, folder.onnx.stat().st_size, verdicts)
+        # deterministic: the same weights must give the same file, byte for byte
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        say(f"comparing with torch on {len(blobs)} images, engine by engine")
+        verdicts = parity.compare(temporary, blobs, expected, tolerance=recipe.export.tolerance)
+        sha256, size_bytes = runner.file_sha256(temporary), temporary.stat().st_size
+        write_json(folder.parity, _record(verdicts, recipe.export.tolerance, len(blobs), sha256, size_bytes))
+        parity.require(verdicts)
+    return Exported(folder.onnx, sha256, size_bytes, verdicts)
 
 
-def to_onnx(model: torch.nn.Module, spec: runner.Spec, opset: int) -> onnx.ModelProto:
-    """torch → ONNX by torch's own exporter, with nothing in it that depends on this machine."""
-    # RepVGG, MobileOne and their like: the branches that exist for training only are folded into one convolution.
-    model = reparameterize_model(model.eval()).requires_grad_(False)
-    image = torch.zeros(1, 3, *spec.input_size)
-    with _quiet():
-        program = torch.onnx.export(
-            model,
-            (image,),
-            dynamo=True,
-            opset_version=opset,
-            input_names=["image"],
-            output_names=["logits"],
-            verbose=False,
+def _check_blobs(folder: RunFolder) -> np.ndarray:
+    """The run's check images as network input: float32 (N, 3, h, w)."""
+    spec = folder.read_spec()
+    return np.concatenate([_check_blob(path, spec) for path in folder.check_images()[:CHECK_IMAGES]])
+
+
+def _check_blob(path: Path, spec: runner.Spec) -> np.ndarray:
+    try:
+        return runner.preprocess(runner.read_image(path), spec)
+    except runner.RunnerError as error:
+        raise ArtifactError(f"cannot read the check image {path}: {error}. Put the original back") from None
+
+
+def _to_onnx(
+    module: torch.nn.Module, size: tuple[int, ...], output_names: tuple[str, ...], recipe: Recipe
+) -> onnx.ModelProto:
+    """The network for one image of `size` (height, width), without traces of this machine."""
+    # Blocks that train with several branches run as one convolution (RepVGG, MobileOne, FastViT, ...).
+    module = reparameterize_model(module)
+    backbone, opset = recipe.model.backbone, recipe.export.opset
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (torch.zeros(1, 3, *size),),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT_NAME],
+                output_names=list(output_names),
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"torch cannot export {backbone} to ONNX ({reason}): choose another backbone") from None
+    assert program is not None  # with dynamo there always is one
+    model: onnx.ModelProto = program.model_proto
+    written = next(row.version for row in model.opset_import if row.domain == "")
+    if written != opset:
+        raise ConfigError(
+            f"torch {torch.__version__} writes {backbone} in operator set {written}, not {opset}: "
+            f"put opset = {written} under [export] in the recipe"
         )
-    assert program is not None  # dynamo=True always gives one
-    return _anonymous(program.model_proto)
+    _remove_traces(model)
+    model.graph.name = "model"
+    return model
 
 
-@contextlib.contextmanager
+def _remove_traces(message: Any) -> None:
+    """Clears the exporter's notes in a protobuf message and all below it: source files, stack traces, scopes.
+
+    They name this machine's folders, and no engine reads them.
+    """
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in (value,) if hasattr(value, "ListFields") else value:
+                _remove_traces(part)
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its own developers a great deal; what matters to a user, the comparison finds."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    """Keeps the exporter's advice, which is for who writes the network, off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
-def _anonymous(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without names of source files, stack traces and versions: the exporter writes them to every node and value."""
-    clean = onnx.ModelProto()
-    clean.CopyFrom(model)
-    clean.graph.name = "edgekit"
-    clean.producer_name, clean.producer_version, clean.doc_string = "edgekit", "", ""
-    del clean.metadata_props[:]
-    del clean.graph.metadata_props[:]
-    clean.graph.doc_string = ""
-    graph = clean.graph
-    for item in [*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
-        item.doc_string = ""
-        del item.metadata_props[:]
-    return clean
-
-
-def _figures(recipe: Recipe, verdicts: tuple[Verdict, ...], images: int, sha256: str) -> dict[str, Any]:
+def _record(
+    verdicts: tuple[parity.Verdict, ...], tolerance: float, images: int, sha256: str, size_bytes: int
+) -> dict[str, Any]:
+    """What parity.json holds."""
     return {
+        "ok": all(verdict.status == "ok" for verdict in verdicts),
         "onnx_sha256": sha256,
-        "tolerance": recipe.export.tolerance,
+        "onnx_size_bytes": size_bytes,
         "images": images,
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
+        "tolerance": tolerance,
         "verdicts": [asdict(verdict) for verdict in verdicts],
+        "versions": {
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "opencv": next(verdict.version for verdict in verdicts if verdict.engine.startswith("opencv-")),
+        },
     }

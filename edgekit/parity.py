@@ -170,7 +170,7 @@ def _opencv_forward(opencv: OpenCV, engine: str) -> _Forward:
             try:
                 child = _run_child(command, timeout_s, folder)
             except subprocess.TimeoutExpired:
-                return _Run("timed out", f"no answer within {timeout_s:g} s for {len(blobs)} images", {})
+                return _Run("timed out", f"no answer within {timeout_s:g} s", {})
             return _read_answer(child, engine, answer)
 
     return forward
@@ -237,25 +237,26 @@ def _judge(engine: str, version: str, run: _Run, expected: Arrays, tolerance: fl
     status, message = run.status, run.message
     relative_error: float | None = None
     if status == "ok":
-        error = max(float(_relative_errors(run.arrays.get(name), want).max()) for name, want in expected.items())
-        relative_error = error if math.isfinite(error) else None
-        if not error <= tolerance:
+        errors = {name: float(_relative_errors(run.arrays.get(name), want).max()) for name, want in expected.items()}
+        worst = max(errors, key=errors.__getitem__)
+        relative_error = errors[worst] if math.isfinite(errors[worst]) else None
+        if not errors[worst] <= tolerance:
             status = "wrong"
-            faults = (_fault(name, run.arrays, want) for name, want in expected.items())
-            limit = f"outputs differ by {error:.2g} of the largest; at most {tolerance:g} is allowed"
-            message = next((fault for fault in faults if fault), limit)
+            message = f"output {worst!r} {_fault(run.arrays.get(worst), expected[worst], errors[worst], tolerance)}"
     return Verdict(engine, version, status, relative_error, message, "")
 
 
-def _fault(name: str, arrays: Arrays, expected: np.ndarray) -> str:
-    """What is wrong with an output before any figure; "" where there is a figure."""
-    if name not in arrays:
-        return f"output {name!r} is missing (it gave: {', '.join(sorted(arrays)) or 'none'})"
-    if arrays[name].shape != expected.shape:
-        return f"output {name!r} has shape {arrays[name].shape}, expected {expected.shape}"
-    if not np.isfinite(arrays[name]).all():
-        return f"output {name!r} holds NaN or infinite values"
-    return "" if np.isfinite(expected).all() else f"the source's own output {name!r} holds NaN or infinite values"
+def _fault(actual: np.ndarray | None, expected: np.ndarray, error: float, tolerance: float) -> str:
+    """What is wrong with an output, as the end of a sentence about it."""
+    if actual is None:
+        return "is missing"
+    if actual.shape != expected.shape:
+        return f"has shape {actual.shape}, expected {expected.shape}"
+    if not np.isfinite(expected).all():
+        return "holds NaN or infinite values in the source itself"
+    if not np.isfinite(actual).all():
+        return "holds NaN or infinite values"
+    return f"differs by {error:.2g} of its largest value; at most {tolerance:g} is allowed"
 
 
 def _relative_errors(actual: np.ndarray | None, expected: np.ndarray) -> np.ndarray:
@@ -305,7 +306,7 @@ class _Search:
         self._folder = folder
         self._probe_s = timeout_s / PROBES_PER_TIMEOUT
         self._deadline = time.monotonic() + timeout_s
-        self._known: dict[str, Verdict] = {}
+        self._known: dict[str, _Run] = {}
         self._nodes = list(self._model.graph)
         self._values = _computed_values(self._model.graph)
         self._references = self._reference_values()
@@ -315,7 +316,9 @@ class _Search:
         outputs = [value for value in self._model.graph.outputs if value.name in self._values]
         bad = next((value for value in outputs if self._is_bad(value)), None)
         if bad is None:
-            raise _NotFoundError("output by output, OpenCV does what ONNX Runtime does")
+            other = next((probe for probe in self._known.values() if probe.status != "ok"), None)
+            agrees = "output by output, OpenCV does what ONNX Runtime does"
+            raise _NotFoundError(f"the search met something else: {other.status}, {other.message}" if other else agrees)
         return self._describe(self._first_bad(bad))
 
     def _first_bad(self, bad: ir.Value) -> ir.Value:
@@ -332,9 +335,12 @@ class _Search:
         return path[high]
 
     def _is_bad(self, value: ir.Value) -> bool:
-        return self._probe(value).status == self._status
+        # A wrong value is bad whatever comes of it later. A failure of another kind than the model's own may be the
+        # cutting's doing.
+        return self._probe(value).status in (self._status, "wrong")
 
-    def _probe(self, value: ir.Value) -> Verdict:
+    def _probe(self, value: ir.Value) -> _Run:
+        """What becomes of the model cut off after a value; the message of a wrong one is about that value."""
         name = str(value.name)
         if name not in self._known:
             left_s = self._deadline - time.monotonic()
@@ -343,9 +349,11 @@ class _Search:
             path = self._folder / "cut.onnx"
             onnx.save(self._cut(value), path)
             run = self._forward(path, self._blob, min(self._probe_s, left_s))
-            # One more axis in front, as judging goes by sample and a value's first axis need not be that of samples.
-            run = replace(run, arrays={key: array[None] for key, array in run.arrays.items()})
-            self._known[name] = _judge("", "", run, {name: self._references[name][None]}, self._tolerance)
+            actual, reference = run.arrays.get(name), self._references[name]
+            error = runner.relative_difference(actual, reference)
+            if run.status == "ok" and not error <= self._tolerance:
+                run = replace(run, status="wrong", message=_fault(actual, reference, error, self._tolerance))
+            self._known[name] = replace(run, arrays={})
         return self._known[name]
 
     def _cut(self, value: ir.Value) -> onnx.ModelProto:
@@ -388,8 +396,8 @@ class _Search:
         flow = f"{', '.join(kinds)} → {node.op_type}" if kinds else node.op_type
         name = f" {node.name!r}" if node.name else ""
         place = f"node {self._nodes.index(node) + 1} of {len(self._nodes)}{name} ({flow}), output {value.name!r}"
-        verdict = self._probe(value)
-        return f"{place}: {verdict.message}" if verdict.status == "wrong" else place
+        probe = self._probe(value)
+        return f"{place} {probe.message}" if probe.status == "wrong" else place
 
 
 def _computed_values(graph: ir.Graph) -> dict[str, ir.Value]:

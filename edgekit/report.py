@@ -405,8 +405,10 @@ def _cell(path: Path, side: int) -> np.ndarray:
 def _fitted(image: np.ndarray, side: int) -> np.ndarray:
     """uint8 (H, W, 3) → the same picture, its longer side `side` pixels; for eyes, not for networks."""
     scale = side / max(image.shape[:2])
+    # Tiny images are shown as the pixels that they are: smoothed, 8 px of a digit are a blur.
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC if scale < 4 else cv2.INTER_NEAREST
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC))
+    return np.asarray(cv2.resize(image, size, interpolation=method))
 
 
 def _style(colors: Theme) -> AbstractContextManager[None]:
@@ -458,9 +460,8 @@ def _drawable(text: str) -> str:
 
     (matplotlib would warn and draw the same box for each.)
     """
-    return "".join(
-        c if ord(c) in _glyphs() else c.encode("ascii", "backslashreplace").decode() for c in " ".join(text.split())
-    )
+    words = " ".join(text.split())
+    return "".join(c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in words)
 
 
 def _short(text: str, length: int) -> str:
@@ -531,6 +532,7 @@ class _Verdict(_Record):
 
 class _Parity(_Record):
     tolerance: float
+    versions: dict[str, str] = {}
     verdicts: tuple[_Verdict, ...]
 
 
@@ -672,6 +674,8 @@ def _conditions(
     if run.split.is_file():
         rows += [("Data, SHA-256", read_split(run.split).sha256)]
     if parity:
+        versions = ", ".join(f"{name} {version}" for name, version in parity["versions"].items())
+        rows += [("Exported with", versions)] if versions else []
         rows += [("Proved with", ", ".join(f"{row['engine']} {row['version']}" for row in parity["verdicts"]))]
     files = (("Weights, SHA-256", run.weights), ("ONNX, SHA-256", run.onnx))
     return rows + [(title, runner.file_sha256(path)) for title, path in files if path.is_file()]
@@ -687,7 +691,7 @@ def _shown_mistake(mistake: Mapping[str, Any]) -> dict[str, str]:
     path = Path(mistake["path"])
     try:
         image = runner.read_image(path)
-        image = _fitted(image, min(240, max(image.shape[:2])))  # 240: sharp on a screen of two pixels a point
+        image = _fitted(image, min(240, max(96, *image.shape[:2])))  # 240: sharp on a screen of two pixels a point
         thumbnail = _data_uri(cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, 85))[1].tobytes(), "jpeg")
     except runner.RunnerError:
         thumbnail = ""

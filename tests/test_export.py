@@ -1,8 +1,10 @@
-"""export on a real run: what model.onnx holds, and that it is not there unless it is proved."""
+"""export: what comes out is proved, reproducible and says nothing of this machine; what is not proved stays away."""
+
+from __future__ import annotations
 
 import json
-import shutil
-import sys
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
@@ -10,186 +12,180 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import timm
 import torch
-from graphs import computed, random
+from safetensors.torch import load_file, save_file
 
-from edgekit import runner, tasks
-from edgekit.artifacts import RunFolder, open_run, read_json
-from edgekit.errors import ArtifactError, ParityError
-from edgekit.export import export, to_onnx
-from edgekit.recipe import read_recipe, to_toml
+from edgekit import backbones, parity, runner, tasks
+from edgekit.artifacts import open_run
+from edgekit.errors import ArtifactError, ConfigError, ParityError
+from edgekit.export import CHECK_IMAGES, Exported, export
+from edgekit.recipe import make_recipe, to_toml
 
 ENGINES = ["onnxruntime", *(f"opencv-{engine}" for engine in runner.engines())]
+SMALL = "test_resnet"  # timm's own, made for tests: 0.4 million weights
 
 
-@pytest.fixture
-def own_run(finished_run: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+def make_run(path: Path, backbone: str, images: int = 4, **export_options: object) -> Path:
+    """A run folder as finetune leaves it, with random weights for 64x64 images and seven classes."""
+    data = {"path": "data"}
+    recipe = make_recipe({"data": data, "model": {"backbone": backbone}, "export": export_options})
+    spec = runner.Spec("classify", (64, 64), "stretch", "linear", "rgb", (123.0,) * 3, (58.0,) * 3, tuple("abcdefg"))
+    (path / "check").mkdir(parents=True)
+    (path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+    (path / "spec.json").write_text(json.dumps(spec.to_dict()), encoding="utf-8")
+    torch.manual_seed(0)
+    save_file(backbones.build(backbone, 7, pretrained=False, weights=None).state_dict(), path / "model.safetensors")
+    random = np.random.default_rng(0)
+    for i in range(images):
+        blocks = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        cv2.imwrite(str(path / "check" / f"{i:02}.png"), cv2.resize(blocks, (90, 70)))
+    return path
 
 
-def listed(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+def blobs(run: Path) -> np.ndarray:
+    folder = open_run(run)
+    images = [runner.read_image(path) for path in folder.check_images()]
+    return np.concatenate([runner.preprocess(image, folder.read_spec()) for image in images])
 
 
-def set_tolerance(run: Path, tolerance: float) -> None:
-    recipe = read_recipe(run / "recipe.toml")
-    stricter = recipe.model_copy(update={"export": recipe.export.model_copy(update={"tolerance": tolerance})})
-    (run / "recipe.toml").write_text(to_toml(stricter), encoding="utf-8")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What is written
-
-
-def test_the_same_weights_give_the_same_bytes(own_run: Path) -> None:
-    model = own_run / "model.onnx"
-    before, files = model.read_bytes(), listed(own_run)
-    model.unlink()
-    told: list[str] = []
-    done = export(own_run, told.append)
-    assert model.read_bytes() == before
-    assert listed(own_run) == files  # no temporary file is left
-    assert (done.model, done.sha256, done.size_bytes) == (model, runner.file_sha256(model), len(before))
-    assert [(verdict.engine, verdict.status) for verdict in done.verdicts] == [(engine, "ok") for engine in ENGINES]
-    assert told == ["writing ONNX", "comparing with torch"]
-
-
-def test_model_onnx_has_one_image_in_and_logits_out(finished_run: Path) -> None:
-    model = onnx.load(finished_run / "model.onnx")
-    onnx.checker.check_model(model, full_check=True)
-    types = {value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.output)}
-    shapes = {name: [size.dim_value for size in kind.shape.dim] for name, kind in types.items()}
-    assert shapes == {"image": [1, 3, 64, 64], "logits": [1, 10]}
-    assert {kind.elem_type for kind in types.values()} == {onnx.TensorProto.FLOAT}
-    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 18}
-    assert all(item.data_location == onnx.TensorProto.DEFAULT for item in model.graph.initializer)  # one file
-    assert "ReduceMean" not in {node.op_type for node in model.graph.node}  # it is lowered
-
-
-def test_model_onnx_names_nothing_of_the_machine_that_made_it(finished_run: Path) -> None:
-    data = (finished_run / "model.onnx").read_bytes()
-    for text in (
-        "pkg.torch",
-        "pkg.onnxscript",
-        "namespace",
-        ".py",
-        "Traceback",
-        "site-packages",
-        torch.__version__,
-        str(Path(timm.__file__).parent),
-        str(Path(runner.__file__).parent),
-        str(finished_run),
-        sys.prefix,
-    ):
-        assert text.encode() not in data, text
-    model = onnx.load_from_string(data)
-    assert (model.producer_name, model.producer_version, model.graph.name) == ("edgekit", "", "edgekit")
-
-
-def test_model_onnx_computes_what_torch_computes(finished_run: Path) -> None:
-    run = open_run(finished_run)
-    blobs = random(3, 3, 64, 64)
-    want = tasks.forward(tasks.load(run), blobs)["logits"]
-    got = computed(onnx.load(run.onnx), blobs)["logits"]
-    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
-
-
-def test_parity_json_has_every_figure(finished_run: Path) -> None:
-    run = RunFolder(finished_run)
-    figures = read_json(run.parity)
-    errors = [verdict["relative_error"] for verdict in figures["verdicts"]]
-    assert all(0 < error < 1e-3 for error in errors)
-    assert figures == {
-        "onnx_sha256": runner.file_sha256(run.onnx),
-        "tolerance": 1e-3,
-        "images": len(run.check_images()),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "verdicts": [
-            {
-                "engine": engine,
-                "version": onnxruntime.__version__ if engine == "onnxruntime" else cv2.__version__,
-                "status": "ok",
-                "relative_error": error,
-                "message": "",
-                "first_difference": "",
-            }
-            for engine, error in zip(ENGINES, errors, strict=True)
-        ],
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What is refused
-
-
-@pytest.mark.parametrize("earlier", [b"the model before", None])
-def test_a_model_that_is_not_proved_is_not_there(earlier: bytes | None, own_run: Path) -> None:
-    run = RunFolder(own_run)
-    proved = read_json(run.parity)
-    run.onnx.unlink()
-    if earlier is not None:
-        run.onnx.write_bytes(earlier)
-    set_tolerance(own_run, 1e-12)  # not even rounding is allowed
-    files = listed(own_run)
-    with pytest.raises(ParityError) as raised:
-        export(own_run)
-    assert raised.value.exit_code == 1
-    assert str(raised.value).startswith(
-        f"the converted model does not compute what was trained: ONNX Runtime {onnxruntime.__version__}: wrong, "
-    )
-    assert (run.onnx.read_bytes() if run.onnx.exists() else None) == earlier
-    assert listed(own_run) == files
-    figures = read_json(run.parity)
-    assert [verdict["status"] for verdict in figures["verdicts"]] == ["wrong"] * len(ENGINES)
-    for before, after in zip(proved["verdicts"], figures["verdicts"], strict=True):
-        assert after["relative_error"] == pytest.approx(before["relative_error"], abs=1e-6)
-        assert after["message"].endswith("at most 1e-12 is allowed")
-    assert {**figures, "verdicts": []} == {**proved, "tolerance": 1e-12, "verdicts": []}
-    assert str(own_run) not in json.dumps(figures)
-
-
-def test_a_folder_that_is_no_finished_run(own_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no run folder at "):
-        export(tmp_path / "absent")
-    for check in (own_run / "check").iterdir():
-        check.unlink()
-    files = listed(own_run)
-    with pytest.raises(ArtifactError, match="no check images in "):
-        export(own_run)
-    (own_run / "model.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"has no model\.safetensors"):
-        export(own_run)
-    assert listed(own_run) == [name for name in files if name != "model.safetensors"]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# to_onnx
+@pytest.fixture(scope="module")
+def proved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported, list[str]]:
+    """MobileNetV3, whose naive export is silently wrong; its run folder, its export, and what progress was told."""
+    run, told = make_run(tmp_path_factory.mktemp("runs") / "mobile", "mobilenetv3_small_100"), []
+    return run, export(run, told.append), told
 
 
 @pytest.mark.slow
-def test_branches_that_are_for_training_only_are_folded() -> None:
-    """RepVGG: the 3×3, the 1×1 and the identity branch become one 3×3 convolution."""
-    torch.manual_seed(0)
-    model = timm.create_model("repvgg_a0", num_classes=10).eval()
-    for layer in model.modules():  # statistics as training leaves them: folding must take them into account
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            assert layer.running_mean is not None and layer.running_var is not None
-            torch.nn.init.uniform_(layer.running_mean, -0.1, 0.1)
-            torch.nn.init.uniform_(layer.running_var, 0.5, 1.5)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    spec = runner.Spec("classify", (64, 64), "stretch", "linear", "rgb", (0.0,) * 3, (1.0,) * 3, tuple("0123456789"))
-    exported = to_onnx(model, spec, 18)
+def test_mobilenet_is_proved_in_every_engine(proved: tuple[Path, Exported, list[str]]) -> None:
+    run, exported, told = proved
+    path = run / "model.onnx"
+    assert exported == Exported(path, runner.file_sha256(path), path.stat().st_size, exported.verdicts)
+    assert [(verdict.engine, verdict.status) for verdict in exported.verdicts] == [(engine, "ok") for engine in ENGINES]
+    assert all(verdict.relative_error is not None and verdict.relative_error < 1e-5 for verdict in exported.verdicts)
+    assert told == [
+        "exporting mobilenetv3_small_100 to ONNX",
+        "comparing with torch on 4 images, engine by engine",
+    ]
+    assert json.loads((run / "parity.json").read_text(encoding="utf-8")) == {
+        "ok": True,
+        "onnx_sha256": exported.sha256,
+        "onnx_size_bytes": exported.size_bytes,
+        "images": 4,
+        "tolerance": 1e-3,
+        "verdicts": [asdict(verdict) for verdict in exported.verdicts],
+        "versions": {
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "opencv": cv2.__version__,
+        },
+    }
+    names = {"check", "model.onnx", "model.safetensors", "parity.json", "recipe.toml", "spec.json"}
+    assert {entry.name for entry in run.iterdir()} == names
 
-    branches = sum(isinstance(layer, torch.nn.Conv2d) for layer in model.modules())
-    assert (branches, sum(node.op_type == "Conv" for node in exported.graph.node)) == (44, 22)
-    assert "BatchNormalization" not in {node.op_type for node in exported.graph.node}
-    after = model.state_dict()
-    assert list(after) == list(before)  # the argument keeps its branches
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    blobs = random(2, 3, 64, 64)
-    with torch.inference_mode():
-        want = model(torch.from_numpy(blobs)).numpy()
-    np.testing.assert_allclose(computed(exported, blobs)["logits"], want, atol=1e-4 * np.abs(want).max())
+
+@pytest.mark.slow
+def test_the_model_has_fixed_names_and_shapes_and_no_traces(proved: tuple[Path, Exported, list[str]]) -> None:
+    _, exported, _ = proved
+    model = onnx.load(exported.model)
+    onnx.checker.check_model(model, full_check=True)
+    shapes = [
+        (value.name, value.type.tensor_type.elem_type, [size.dim_value for size in value.type.tensor_type.shape.dim])
+        for value in (*model.graph.input, *model.graph.output)
+    ]
+    assert shapes == [("image", onnx.TensorProto.FLOAT, [1, 3, 64, 64]), ("logits", onnx.TensorProto.FLOAT, [1, 7])]
+    assert (model.graph.name, model.opset_import[0].version, model.functions[:]) == ("model", 18, [])
+    data = exported.model.read_bytes()
+    for trace in (b"site-packages", b"timm", b".py", b"pkg.torch", os.fsencode(Path.cwd())):
+        assert trace not in data
+
+
+@pytest.mark.slow
+def test_the_naive_export_is_silently_wrong(proved: tuple[Path, Exported, list[str]], tmp_path: Path) -> None:
+    run, _, _ = proved
+    network = tasks.load(open_run(run))
+    naive = tmp_path / "naive.onnx"
+    program = torch.onnx.export(
+        network,
+        (torch.zeros(1, 3, 64, 64),),
+        dynamo=True,
+        opset_version=18,
+        input_names=["image"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    onnx.save(program.model_proto, naive)
+    images = blobs(run)[:2]
+    first, *rest = parity.compare(naive, images, tasks.forward(network, images), tolerance=1e-3)
+    assert (first.engine, first.status) == ("onnxruntime", "ok")
+    for verdict in rest:
+        assert verdict.status == "wrong"
+        assert verdict.relative_error is not None
+        assert verdict.relative_error > 0.1
+        # the first squeeze-and-excitation block
+        assert verdict.first_difference.startswith("node 10 of 122 'node_mul' (Relu, HardSigmoid → Mul), output 'mul'")
+    with pytest.raises(ParityError, match=r"HardSigmoid → Mul.*edgekit backbones"):
+        parity.require([first, *rest])
+
+
+@pytest.mark.slow
+def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
+    one = export(make_run(tmp_path / "one", SMALL))
+    other = export(make_run(tmp_path / "two" / "elsewhere", SMALL, images=CHECK_IMAGES + 1))
+    assert one.model.read_bytes() == other.model.read_bytes()
+    read = json.loads((tmp_path / "two" / "elsewhere" / "parity.json").read_text(encoding="utf-8"))["images"]
+    assert read == CHECK_IMAGES
+
+
+@pytest.mark.slow
+def test_what_is_not_proved_leaves_the_earlier_model_alone(tmp_path: Path) -> None:
+    # No engine adds in torch's order, so at this tolerance all of them are "wrong".
+    run = make_run(tmp_path / "run", SMALL, images=1, tolerance=1e-12)
+    (run / "model.onnx").write_bytes(b"the earlier one")
+    before = {entry.name for entry in run.iterdir()}
+    message = r"ONNX Runtime .*: wrong, output 'logits' differs by .* at most 1e-12 is allowed"
+    with pytest.raises(ParityError, match=message):
+        export(run)
+    assert (run / "model.onnx").read_bytes() == b"the earlier one"
+    assert {entry.name for entry in run.iterdir()} == before | {"parity.json"}
+    record = json.loads((run / "parity.json").read_text(encoding="utf-8"))
+    assert (record["ok"], [row["status"] for row in record["verdicts"]]) == (False, ["wrong"] * len(ENGINES))
+
+
+def test_branches_are_merged_before_export(tmp_path: Path) -> None:
+    exported = export(make_run(tmp_path / "run", "repvgg_a0", images=1))
+    kinds = {node.op_type for node in onnx.load(exported.model).graph.node}
+    assert "Conv" in kinds
+    assert not kinds & {"Add", "BatchNormalization"}
+
+
+def test_a_network_that_diverged_is_refused_before_any_work(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", SMALL)
+    weights = load_file(run / "model.safetensors")
+    weights["fc.bias"][0] = torch.nan
+    save_file(weights, run / "model.safetensors")
+    with pytest.raises(ParityError, match=r"gives NaN or infinite outputs: train it again, with a lower learning_rate"):
+        export(run)
+    assert not (run / "parity.json").exists()
+
+
+def test_an_operator_set_that_torch_does_not_write_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", SMALL, opset=17)
+    with pytest.raises(ConfigError, match=r"operator set 18, not 17: put opset = 18 under \[export\]"):
+        export(run)
+    assert capfd.readouterr() == ("", "")
+    assert not (run / "model.onnx").exists()
+
+
+def test_a_check_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", SMALL)
+    (run / "check" / "01.png").write_bytes(b"no image")
+    with pytest.raises(ArtifactError, match=r"cannot read the check image .*01\.png: not an image .*Put the original"):
+        export(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no run folder at"):
+        export(tmp_path / "missing")

@@ -55,6 +55,7 @@ def metrics(names: tuple[str, ...] = NAMES, mistakes: list[dict[str, Any]] | Non
 PARITY = {
     "onnx_sha256": "0" * 64,
     "tolerance": 1e-3,
+    "versions": {"torch": "2.15.0", "onnx": "1.23.0"},
     "verdicts": [
         {"engine": engine, "version": version, "status": status, "relative_error": error, "message": message}
         | {"first_difference": first}
@@ -276,14 +277,14 @@ def test_a_dark_picture_lies_on_the_dark_surface() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["猫", "😀", "$x_1$", "$\\frac$", "مرحبا", "हिन्दी", "a\nb\tc", "\u200b", "", "n" * 300]
+    "name", ["猫", "😀", "\x08", "$x_1$", "$\\frac$", "مرحبا", "हिन्दी", "a\nb\tc", "\u200b", "", "n" * 300]
 )
 def test_any_class_name_can_be_drawn(name: str) -> None:
     height, width, _ = decoded(report.confusion_picture([[1, 0], [0, 1]], [name, "other"])).shape
     assert 300 < height < 1000 and 300 < width < 1000
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.text(max_size=8))
 def test_no_name_makes_matplotlib_warn(name: str) -> None:
     with warnings.catch_warnings():
@@ -306,10 +307,16 @@ def test_curves_picture() -> None:
 
 
 def test_the_boundary_between_phases_is_marked() -> None:
-    one_phase = rows_of(HISTORY.replace("head", "stages"))
-    muted = report.THEMES["light"].muted
-    marked = share_of(decoded(report.curves_picture(rows_of(HISTORY))), muted)
-    assert marked > 1.5 * share_of(decoded(report.curves_picture(one_phase)), muted)
+    def upright_lines(history: str) -> list[int]:
+        image = decoded(report.curves_picture(rows_of(history)))
+        dashes = (image == bgr(report.THEMES["light"].muted)).all(axis=2).mean(axis=0)
+        return [int(x) for x in np.flatnonzero(dashes > 0.25)]
+
+    assert upright_lines(HISTORY.replace("head", "stages")) == []
+    lines = upright_lines(HISTORY)
+    width = decoded(report.curves_picture(rows_of(HISTORY))).shape[1]
+    assert len([x for x in lines if x < width / 2]) == len([x for x in lines if x > width / 2]) > 0, "in both panels"
+    assert width * 0.15 < lines[0] < width * 0.25, "a third of the first panel's width: after epoch 1 of 3"
 
 
 @pytest.mark.parametrize("losses", ["nan,nan", "inf,1.0", "1.0,1e300"])
@@ -353,6 +360,14 @@ def test_contact_sheet_keeps_the_order_and_the_shapes(tmp_path: Path) -> None:
         assert sheet[220:260, left : left + 200].min() < 100, "the text under the image"
 
 
+def test_tiny_images_keep_their_pixels(tmp_path: Path) -> None:
+    board = np.tile(np.uint8([[0, 255], [255, 0]]), (4, 4))  # 8×8, black and white in turn
+    write_bytes(tmp_path / "board.png", cv2.imencode(".png", board)[1].tobytes())
+    sheet = decoded(report.contact_sheet([mistake(tmp_path / "board.png")]))
+    squares = sheet[16:216, 16:216, 0].reshape(8, 25, 8, 25).transpose(0, 2, 1, 3)[:, :, 3:-3, 3:-3]
+    assert np.abs(squares.astype(int) - board[:, :, None, None]).max() < 40  # JPEG
+
+
 def test_contact_sheet_shows_the_whole_of_very_long_images(tmp_path: Path) -> None:
     path = solid(tmp_path / "line.png", (0, 255, 0), height=1, width=3000)
     assert decoded(report.contact_sheet([mistake(path, *HOSTILE[:2])])).shape == (276, 232, 3)
@@ -373,7 +388,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.addresses: list[str] = []
-        self.title = ""
+        self.title = self.header = ""
         self.text: dict[str, str] = {}
         self.tables: dict[str, list[list[str]]] = {}
         self.headings: list[str] = []
@@ -409,6 +424,8 @@ class Page(HTMLParser):
             self.headings[-1] += data
         if self._section:
             self.text[self._section] += data
+        if "header" in self._open:
+            self.header += data
 
     def section(self, name: str) -> str:
         return " ".join(self.text[name].split())
@@ -474,8 +491,13 @@ def test_the_page_shows_the_files_figures(run: RunFolder) -> None:
         "Conditions Training3 epochs in 3 min 22 s, 32.0 images/s (median epoch) "
         "Device and precision asked forauto, auto Seeds0 (training), 0 (split) Data, SHA-256"
     )
-    assert runner.file_sha256(run.onnx) in page.section("conditions")
-    assert "The bundle gives the trained network's answer on 9 of 10 validation images." in run.report.read_text()
+    assert page.section("conditions").endswith(
+        "Exported withtorch 2.15.0, onnx 1.23.0 "
+        "Proved withonnxruntime 1.32.0, opencv-new 5.0.0, opencv-classic 5.0.0 "
+        f"Weights, SHA-256{runner.file_sha256(run.weights)} ONNX, SHA-256{runner.file_sha256(run.onnx)}"
+    )
+    assert "not in the table yet" not in page.section("metrics")
+    assert "The bundle gives the trained network's answer on 9 of 10 validation images." in page.header
 
 
 def test_the_page_shows_the_recipe_as_it_is(run: RunFolder) -> None:
@@ -500,7 +522,7 @@ def test_the_pages_pictures_come_in_both_themes(run: RunFolder) -> None:
     dark, light = (bgr(report.THEMES[theme].surface) for theme in ("dark", "light"))
     # curves, confusion: the dark source first, then the light image; then the one mistake whose image is there
     assert surfaces[:4] == [dark, light, dark, light]
-    assert images[4].shape == (40, 40, 3) and np.abs(images[4].astype(int) - (0, 0, 255)).max() < 12
+    assert images[4].shape == (96, 96, 3) and np.abs(images[4].astype(int) - (0, 0, 255)).max() < 12
     assert len(images) == 5
 
 
@@ -509,7 +531,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     page = page_of(run)
     assert page.title == "<b>bold & run"
     assert [row[0] for row in page.tables["classes"][1:]] == list(HOSTILE)
-    assert {"script", "b onerror"}.isdisjoint(page.tags)
+    assert "script" not in page.tags
     assert page.tags.count("img") == 3, "two pictures and a mistake, no image of a class name's"
     assert f"{HOSTILE[2]} → {HOSTILE[1]} 87.50 %" in page.section("mistakes")
 
@@ -536,10 +558,11 @@ def test_columns_that_are_missing_name_their_commands(run: RunFolder) -> None:
     only = metrics()
     only["columns"] = {"torch": column()}
     write_json(run.metrics, only)
-    text = page_of(run).section("metrics")
+    page = page_of(run)
+    text = page.section("metrics")
     assert f"edgekit export {run.path}, then edgekit evaluate {run.path}." in text
     assert f"edgekit evaluate {run.path} --bundle dist/pets-1-cpu." in text
-    assert "The trained network is right on 70.00 % of 10 validation images." in run.report.read_text()
+    assert "The trained network is right on 70.00 % of 10 validation images." in page.header
 
 
 def test_an_empty_run_folder_has_a_page_too(tmp_path: Path) -> None:
@@ -581,9 +604,12 @@ def of_fewer_classes() -> dict[str, Any]:
         ("metrics.json", "{}", r"is not as this edgekit writes it \(images: Field required\): make it again"),
         ("metrics.json", json.dumps(without_torch()), r"\(no column for torch\)"),
         ("metrics.json", json.dumps(of_fewer_classes()), r"\(the figures of torch are not those of 2 classes\)"),
-        ("parity.json", '{"tolerance": "x", "verdicts": []}', r"\(tolerance: Input should be a valid number"),
+        (
+            "parity.json",
+            '{"tolerance": "x", "versions": {}, "verdicts": []}',
+            r"\(tolerance: Input should be a valid number",
+        ),
         ("history.csv", "epoch,phase\n1,head\n", r"history.csv is not as this edgekit writes it \(train_loss"),
-        ("history.csv", HISTORY + "4,head,1,1,1,1,1,1,surplus\n", "history.csv is not as this edgekit writes it"),
     ],
 )
 def test_a_damaged_file_is_a_message_and_the_old_page_stays(run: RunFolder, file: str, text: str, message: str) -> None:
@@ -603,5 +629,5 @@ def test_a_damaged_recipe_is_a_message(run: RunFolder) -> None:
 
 def test_a_history_that_is_no_text_is_a_message(run: RunFolder) -> None:
     run.history.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ArtifactError, match="cannot read .*history.csv"):
+    with pytest.raises(ArtifactError, match=r"cannot read .*history\.csv"):
         report.read_history(run.history)

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgekit.lowering import global_average_pool, hard_sigmoid, kernel_shape, static_shapes
+from edgekit.lowering import gelu, global_average_pool, hard_sigmoid, kernel_shape, static_shapes
 
 # In this order. static_shapes comes first: it writes down the shapes that the others read.
 REWRITES: tuple[Callable[[ir.Model], None], ...] = (
@@ -21,6 +21,7 @@ REWRITES: tuple[Callable[[ir.Model], None], ...] = (
     global_average_pool.rewrite,
     kernel_shape.rewrite,
     hard_sigmoid.rewrite,
+    gelu.rewrite,
 )
 
 

@@ -1,6 +1,6 @@
 """Every input and output declares a fixed shape; shapes in between are written down where they can be inferred.
 
-Fault: a model with an output of no declared shape, which ONNX allows, does not load: "(-215:Assertion failed)
+Fault: a model with an output of no declared shape, which ONNX Runtime runs, does not load: "(-215:Assertion failed)
 tensor.has_shape()". A size that is only known at run time loads and fails, or is wrong, later.
 Seen on: 4.6.0, 4.10.0, 4.14.0; 5.0.0 classic and new.
 Issue: opencv #18072 (sizes known only at run time); none is known for the missing shape itself.
