@@ -81,6 +81,8 @@ def _proof(folder: RunFolder) -> dict[str, Any]:
     parity = read_json(folder.parity)
     if parity.get("onnx_sha256") != runner.file_sha256(folder.onnx):
         raise ArtifactError(f"{folder.onnx} is not the one that was proved: run `edgekit export {folder.path}` again")
+    if parity.get("ok") is not True:  # an export on another machine or OpenCV, after this model.onnx was made
+        raise ArtifactError(f"the last export found {folder.onnx} wrong: see {folder.parity}, and export it again")
     return parity
 
 

@@ -26,22 +26,23 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="edgekit",
     help="From a folder of labelled images to a bundle that runs, and proves itself, on an edge device.\n\n"
-    "Start with: [bold]edgekit demo[/bold], then [bold]edgekit finetune DATA[/bold], "
-    "[bold]edgekit bundle RUN[/bold], copy dist/… to the device, [bold]python3 run.py check[/bold].",
+    "Start with `edgekit demo`; then `edgekit finetune DATA`, `edgekit bundle RUN`, copy dist/… to the device, "
+    "`python3 run.py check`.",
     epilog="Exit codes: 0 ok, 1 a proof failed, 2 bad usage or bad input, 130 interrupted.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # rich alone takes 0.5 s to import: three quarters of `edgekit --help`
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _DEBUG = "EDGEKIT_DEBUG"
+LOADING = "loading torch"
 
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are.")]
 Dist = Annotated[Path, typer.Option("--dist", help="Where bundles go.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Run = Annotated[Path, typer.Argument(help="A run folder, as finetune makes it (runs/NAME).", show_default=False)]
-DataPath = Annotated[str, typer.Argument(help="Image folder (a folder a class) or CSV (path,label).")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as finetune makes it (runs/NAME).")]
+DataPath = Annotated[str, typer.Argument(metavar="DATA", help="Image folder (a folder a class) or CSV (path,label).")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
 
 
@@ -69,19 +70,21 @@ def demo(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """The whole flow in a minute or two, on real handwritten digits: fine-tune, prove, bundle, run.
+    """See the whole flow, on real handwritten digits.
 
-    Needs no network and no data of yours.
+    Fine-tunes, proves, bundles and runs in a minute or two. Needs no network and no data of yours.
     """
-    from edgekit.demo import digits_recipe, write_digits
-    from edgekit.pipeline import Watch, pipeline
     from edgekit.progress import display
     from edgekit.targets import read_target
 
-    write_digits(folder / "data" / "digits")
-    runs = folder / "runs"
-    recipe = digits_recipe(folder / "data" / "digits", "")
     with display() as show:
+        show.busy(LOADING)
+        from edgekit.demo import digits_recipe, write_digits
+        from edgekit.pipeline import Watch, pipeline
+
+        write_digits(folder / "data" / "digits")
+        runs = folder / "runs"
+        recipe = digits_recipe(folder / "data" / "digits", "")
         watch = Watch(on_stage=show.stage, on_step=show.step, on_epoch=show.epoch, on_image=show.images)
         outcome = pipeline(recipe, read_target("cpu"), runs, folder / "dist", watch)
         show.stage("bench")
@@ -131,7 +134,10 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing recipe.")] = False,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Look at a data folder and write a commented recipe.toml, to be changed and given to finetune."""
+    """Look at a data folder and write a commented recipe.toml.
+
+    Change it as you like and give it to finetune. Where the defaults suit, no recipe is needed.
+    """
     from edgekit.artifacts import write_text
     from edgekit.recipe import suggest, to_toml
 
@@ -144,7 +150,9 @@ def init(
 
 @app.command()
 def finetune(
-    data: Annotated[str, typer.Argument(help="Image folder (a folder a class) or CSV (path,label).")] = "",
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Image folder (a folder a class) or CSV (path,label).")
+    ] = "",
     recipe: Annotated[Path | None, typer.Option(help="A recipe.toml, as init writes it.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this interrupted run.")] = None,
     name: Annotated[str, typer.Option(help="Name of the run folder.")] = "",
@@ -161,9 +169,10 @@ def finetune(
     skip_bad: SkipBad = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train on a folder of labelled images; makes runs/NAME. Defaults are good: just give DATA.
+    """Train on a folder of labelled images; makes runs/NAME.
 
-    First the new head learns, then the last stages of the pretrained backbone. Ctrl-C keeps what was reached.
+    Defaults are good: just give DATA. First the new head learns, then the last stages of the pretrained backbone.
+    Ctrl-C keeps what was reached.
     """
     changes = {
         ("name",): name,
@@ -187,15 +196,17 @@ def finetune(
 
     # The stage imports torch, which takes seconds: bad data and bad recipes are said before.
     if resume:
-        from edgekit.finetune import resume as continue_run
-
         with display() as show:
+            show.busy(LOADING)
+            from edgekit.finetune import resume as continue_run
+
             done = continue_run(resume, on_step=show.step, on_epoch=show.epoch)
     else:
         chosen, dataset = _plan(recipe, given, skip_bad)
-        from edgekit.finetune import finetune as stage
-
         with display() as show:
+            show.busy(LOADING)
+            from edgekit.finetune import finetune as stage
+
             done = stage(chosen, dataset, runs, on_step=show.step, on_epoch=show.epoch)
     if as_json:
         _print_json({"run": done.run, "best": vars(done.best), "epochs": len(done.history)})
@@ -246,18 +257,21 @@ def evaluate(
     bundle: Annotated[Path | None, typer.Option(help="Also measure this bundle, by its own run.py.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run on its validation images: torch, ONNX and bundle side by side.
+    """Measure a run on its validation images.
 
-    Writes metrics.json, confusion.png, mistakes.jpg and report.html into the run folder.
+    Torch, ONNX and bundle side by side. Writes metrics.json, confusion.png, mistakes.jpg and report.html into the
+    run folder.
     """
     from edgekit.artifacts import open_run
 
     open_run(run)
-    from edgekit import report
-    from edgekit.evaluate import evaluate as stage
     from edgekit.progress import display
 
     with display() as show:
+        show.busy(LOADING)
+        from edgekit import report
+        from edgekit.evaluate import evaluate as stage
+
         done = stage(run, bundle, on_image=show.images)
     if as_json:
         _print_json(done.metrics)
@@ -269,17 +283,20 @@ def evaluate(
 
 @app.command()
 def export(run: Run, as_json: AsJson = False) -> None:
-    """Write model.onnx, proved against torch through ONNX Runtime and every engine of the OpenCV here.
+    """Write model.onnx, proved against torch.
 
-    Exit code 1, and no model.onnx, where an engine computes something else than torch did.
+    The proof goes through ONNX Runtime and every engine of the OpenCV here, on real images. Exit code 1, and no
+    model.onnx, where an engine computes something else than torch did.
     """
     from edgekit.artifacts import open_run
 
     open_run(run)
-    from edgekit.export import export as stage
     from edgekit.progress import display
 
     with display() as show:
+        show.busy(LOADING)
+        from edgekit.export import export as stage
+
         done = stage(run, progress=show.stage)
     if as_json:
         _print_json(
@@ -298,19 +315,21 @@ def bundle(
     dist: Dist = Path("dist"),
     as_json: AsJson = False,
 ) -> None:
-    """Pack a run for a target: dist/NAME-TARGET/ and .tar.gz, checked here by its own run.py.
+    """Pack a run for a target, checked here by its own run.py.
 
-    Exports first where that was not done.
+    Makes dist/NAME-TARGET/ and .tar.gz. Exports first where that was not done.
     """
     from edgekit.artifacts import open_run
     from edgekit.targets import read_target
 
     chosen, folder = read_target(target), open_run(run)
-    from edgekit.bundle import bundle as stage
-    from edgekit.export import export as export_stage
     from edgekit.progress import display
 
     with display() as show:
+        show.busy(LOADING)
+        from edgekit.bundle import bundle as stage
+        from edgekit.export import export as export_stage
+
         if not folder.onnx.is_file():
             show.stage("export")
             export_stage(run, progress=show.stage)
@@ -332,10 +351,15 @@ def bundle(
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder (dist/NAME-TARGET).", show_default=False)],
-    args: Annotated[list[str] | None, typer.Argument(help="infer, check, bench, info and their options.")] = None,
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder (dist/NAME-TARGET).")],
+    args: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND", help="infer, check, bench, info and their options.")
+    ] = None,
 ) -> None:
-    """Run a bundle here with its own run.py, in a process of its own: edgekit run BUNDLE infer photo.jpg"""
+    """Run a bundle with its own run.py, in its own process.
+
+    For example: edgekit run dist/NAME-cpu infer photo.jpg
+    """
     script = bundle / "run.py"
     if not script.is_file():
         raise ArtifactError(f"no bundle at {bundle} (it has no run.py): make one with `edgekit bundle RUN`")
@@ -348,10 +372,13 @@ def run(
 
 @app.command()
 def targets(
-    name: Annotated[str, typer.Argument(help="Show this one.", show_default=False)] = "",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Show this one.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """The devices that bundles are built for."""
+    """Show the devices that bundles are built for.
+
+    With a NAME, all about that one. `edgekit bundle RUN --target my-board.toml` takes a file of your own.
+    """
     from edgekit.targets import read_target, target_names
 
     chosen = [read_target(name)] if name else [read_target(each) for each in target_names()]
@@ -367,7 +394,10 @@ def targets(
 
 @app.command()
 def backbones(as_json: AsJson = False) -> None:
-    """The recommended backbones; any classification network of timm or torchvision works by name."""
+    """Show the recommended backbones.
+
+    Any classification network of timm or torchvision works by name.
+    """
     from edgekit.backbones import BACKBONES
 
     if as_json:
@@ -381,7 +411,10 @@ def backbones(as_json: AsJson = False) -> None:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """What this machine can do, what is missing, and how to get it."""
+    """Say what this machine can do and what is missing.
+
+    Python, OpenCV and its engines and backends, CUDA, CPU features, disk; and how to get what is not there.
+    """
     from edgekit.doctor import examine
 
     findings = examine()

@@ -40,6 +40,10 @@ class Display:
         self._drop()
         self._progress.console.print(f"[bold]{name}[/bold]")
 
+    def busy(self, name: str) -> None:
+        """Work of unknown length, such as importing torch, which takes seconds."""
+        self._show(name, 0, None, "")
+
     def images(self, name: str, done: int, total: int) -> None:
         """`done` of `total` images of some named work."""
         self._show(name, done, total, "")
@@ -61,7 +65,7 @@ class Display:
             f"top-1 {100 * epoch.val_top1:.2f} %  {epoch.images_per_second:.0f} images/s  {epoch.seconds:.0f} s"
         )
 
-    def _show(self, name: str, done: int, total: int, note: str) -> None:
+    def _show(self, name: str, done: int, total: int | None, note: str) -> None:
         same_work = self._task is not None and (name == self._name or name.startswith("epoch"))
         if not same_work:
             self._drop()

@@ -110,7 +110,6 @@ class Train(_Section):
 class Export(_Section):
     """[export]"""
 
-    opset: Annotated[int, Field(ge=17, le=20)] = Field(18, description="ONNX operator set.")
     tolerance: Annotated[float, Field(gt=0, le=0.05)] = Field(
         1e-3, description="Largest difference from torch, as a share of the largest output. It cannot be switched off."
     )

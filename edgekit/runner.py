@@ -272,10 +272,11 @@ class Session:
             self._net = _read_net(_opencv_path(model), engine)
         except cv2.error as error:
             raise RunnerError(f"OpenCV {cv2.__version__} cannot load {model}: {_first_line(error)}") from None
+        if self._net.empty():  # 5.0's new engine gives such a net where 4.x raises
+            raise RunnerError(f"OpenCV {cv2.__version__} cannot load {model}")
         self._output_names = list(self._net.getUnconnectedOutLayersNames())
-        # The new engine has layer types of its own. AUTO may fall back to classic, so what runs is asked, not assumed.
-        is_new = any(kind in ("Conv2", "TransformLayout") for kind in self._net.getLayerTypes())
-        self.engine = "new" if is_new else engine if engine != "auto" else "classic"
+        # 5.0 may fall back to classic, so what runs is seen, not assumed: only classic has an input layer.
+        self.engine = "classic" if "__NetInputLayer__" in self._net.getLayerTypes() else "new"
         self.threads = cv2.getNumThreads()
 
     def __call__(self, blob: np.ndarray) -> Outputs:

@@ -75,10 +75,14 @@ def test_the_python_api(built: Path) -> None:
     assert [r["score"] for r in results] == pytest.approx([r["score"] for r in expected["results"]], abs=1e-4)
 
 
-def test_a_model_that_is_not_the_proved_one_is_not_packed(own_run: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_not_the_proved_one_is_not_packed(own_run: Path, finished_run: Path, tmp_path: Path) -> None:
     with (own_run / "model.onnx").open("ab") as stream:
         stream.write(b"\0")
     with pytest.raises(ArtifactError, match="is not the one that was proved: run `edgekit export"):
+        bundle(own_run, read_target("cpu"), tmp_path / "dist")
+    shutil.copyfile(finished_run / "model.onnx", own_run / "model.onnx")
+    write_json(own_run / "parity.json", {**read_json(own_run / "parity.json"), "ok": False})
+    with pytest.raises(ArtifactError, match=r"the last export found .* wrong"):
         bundle(own_run, read_target("cpu"), tmp_path / "dist")
     (own_run / "model.onnx").unlink()
     with pytest.raises(ArtifactError, match=r"has no proved model.onnx: run `edgekit export"):

@@ -203,8 +203,7 @@ def test_bad_input(
     stderr = capfd.readouterr().err
     assert ended.value.code == 2, stderr
     lines = stderr.strip().splitlines()
-    said = " ".join(line.strip("│╭╰─╮╯ ") for line in lines) if "Usage" in stderr else lines[-1]
-    assert re.search(message, said), said
+    assert re.search(message, lines[-1]), stderr
     assert files_below(tmp_path) == before, "something was left behind"
 
 
@@ -215,17 +214,20 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_help_is_the_pipeline_in_order(tmp_path: Path) -> None:
     text = edgekit("--help", cwd=tmp_path).stdout
     names = ["demo", "init", "finetune", "evaluate", "export", "bundle", "run", "targets", "backbones", "doctor"]
-    rows = [re.match(r"^[│ ]+(\w+) {2,}\w", line) for line in text[text.index("Commands") :].splitlines()]
+    rows = [re.match(r"^ +(\w+) {2,}\w", line) for line in text[text.index("Commands") :].splitlines()]
     assert [row[1] for row in rows if row and row[1] in names] == names
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "init", "finetune", "evaluate", "export", "bundle", "run", "targets", "doctor"]
+    "command", ["demo", "init", "finetune", "evaluate", "export", "bundle", "run", "targets", "backbones", "doctor"]
 )
 def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     answer = edgekit(command, "--help", cwd=tmp_path)
     assert answer.returncode == 0
-    assert len(answer.stdout.splitlines()) > 8
+    usage, summary, more, *options = answer.stdout.split("\n\n")
+    assert usage.startswith("Usage: ") and f" {command} " in usage
+    assert len(summary.splitlines()) == 1, "it is cut off in the list of commands"
+    assert len(more) > 40 and "-h, --help" in options[-1]
 
 
 def test_help_needs_no_heavy_import() -> None:
@@ -233,7 +235,7 @@ def test_help_needs_no_heavy_import() -> None:
     code = (
         "import sys\nfrom edgekit.cli import main\nsys.argv = ['edgekit', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "print({'torch', 'cv2', 'numpy', 'timm', 'onnx', 'pydantic'} & set(sys.modules), file=sys.stderr)"
+        "print({'torch', 'cv2', 'numpy', 'timm', 'onnx', 'pydantic', 'rich'} & set(sys.modules), file=sys.stderr)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
