@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import onnxruntime
 import torch
 
-from edgekit import report, runner, tasks
+from edgekit import pictures, report, runner, tasks
 from edgekit.artifacts import RunFolder, open_run, write_bytes, write_json
 from edgekit.batches import batches
 from edgekit.datasets import Sample, missing, read_split
@@ -73,6 +74,13 @@ def evaluate(
         "class_names": list(spec.class_names),
         "columns": columns,
         "mistakes": [vars(mistake) for mistake in worst],
+        "conditions": {
+            "cpu": runner.cpu_name(),
+            "device": _device(),
+            "torch": torch.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "opencv": cv2.__version__,
+        },
     }
     _write(folder, metrics)
     return Evaluation(run, metrics)
@@ -80,8 +88,8 @@ def evaluate(
 
 def _write(folder: RunFolder, metrics: dict[str, Any]) -> None:
     confusion = metrics["columns"]["torch"]["confusion"]
-    write_bytes(folder.path / "confusion.png", report.confusion_picture(confusion, metrics["class_names"]))
-    write_bytes(folder.path / "mistakes.jpg", report.contact_sheet(metrics["mistakes"]))
+    write_bytes(folder.path / "confusion.png", pictures.confusion_picture(confusion, metrics["class_names"]))
+    write_bytes(folder.path / "mistakes.jpg", pictures.contact_sheet(metrics["mistakes"]))
     write_json(folder.metrics, metrics)
     report.write_report(folder)
 
@@ -95,9 +103,12 @@ def _columns(folder: RunFolder, spec: runner.Spec, bundle: Path | None) -> dict[
     return columns
 
 
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _torch_scores(folder: RunFolder, spec: runner.Spec, samples: Sequence[Sample]) -> Iterator[np.ndarray]:
-    model = tasks.load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(memory_format=torch.channels_last)
+    model = tasks.load(folder).to(_device()).to(memory_format=torch.channels_last)
     for batch in batches(samples, spec, 32):
         yield from runner.softmax(tasks.forward(model, runner.normalize(batch.images, spec))["logits"])
 

@@ -7,9 +7,7 @@ model.onnx appears only once it is proved; parity.json keeps the figures either 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from timm.utils.model import reparameterize_model
 
 from edgekit import parity, runner, tasks
 from edgekit.artifacts import RunFolder, open_run, replacing, write_json
-from edgekit.errors import ArtifactError, ConfigError, ParityError
+from edgekit.errors import ArtifactError, ParityError
 from edgekit.lowering import lower
-from edgekit.recipe import Recipe
+from edgekit.lowering.from_torch import from_torch
 
 CHECK_IMAGES = 8  # at most; one forward pass an engine and image
-INPUT_NAME = "image"
-OPSET = 18  # the lowest that torch writes: the older the set, the more OpenCVs read it
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ def export(run: Path, progress: Callable[[str], None] | None = None) -> Exported
     if not all(np.isfinite(array).all() for array in expected.values()):
         raise ParityError(f"{folder.weights} gives NaN or infinite outputs: train it again, with a lower learning_rate")
     say(f"exporting {recipe.model.backbone} to ONNX")
-    model = lower(_to_onnx(module, blobs.shape[2:], tuple(expected), recipe))
+    model = lower(from_torch(module, blobs.shape[2:], tuple(expected)))
     onnx.checker.check_model(model, full_check=True)
     with replacing(folder.onnx) as temporary:
         # deterministic: the same weights must give the same file, byte for byte
@@ -84,63 +79,6 @@ def _check_blob(path: Path, spec: runner.Spec) -> np.ndarray:
         return runner.preprocess(runner.read_image(path), spec)
     except runner.RunnerError as error:
         raise ArtifactError(f"cannot read the check image {path}: {error}. Put the original back") from None
-
-
-def _to_onnx(
-    module: torch.nn.Module, size: tuple[int, ...], output_names: tuple[str, ...], recipe: Recipe
-) -> onnx.ModelProto:
-    """The network for one image of `size` (height, width), without traces of this machine."""
-    # Blocks that train with several branches run as one convolution (RepVGG, MobileOne, FastViT, ...).
-    module = reparameterize_model(module)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                module,
-                (torch.zeros(1, 3, *size),),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT_NAME],
-                output_names=list(output_names),
-                external_data=False,
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"torch cannot export {recipe.model.backbone} to ONNX ({reason}): choose another backbone"
-        ) from None
-    assert program is not None  # with dynamo there always is one
-    model: onnx.ModelProto = program.model_proto
-    _remove_traces(model)
-    model.graph.name = "model"
-    return model
-
-
-def _remove_traces(message: Any) -> None:
-    """Clears the exporter's notes in a protobuf message and all below it: source files, stack traces, scopes.
-
-    They name this machine's folders, and no engine reads them.
-    """
-    for field, value in message.ListFields():
-        if field.name in ("metadata_props", "doc_string"):
-            message.ClearField(field.name)
-        elif field.message_type is not None:
-            for part in (value,) if hasattr(value, "ListFields") else value:
-                _remove_traces(part)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's advice, which is for who writes the network, off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _record(

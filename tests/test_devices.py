@@ -1,9 +1,7 @@
 """The bundle where only numpy and one OpenCV are: environments like a device's, for each OpenCV that devices have."""
 
 import json
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,24 +11,20 @@ from edgekit.artifacts import RunFolder
 from edgekit.batches import batches
 from edgekit.bundle import bundle
 from edgekit.datasets import read_split
+from edgekit.environments import opencv_python
+from edgekit.errors import SetupError
 from edgekit.targets import read_target
 
 OPENCV = ("4.10.0.84", "4.14.0.94", "5.0.0.93")
 
 
 @pytest.fixture(scope="module", params=OPENCV)
-def device_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a fresh environment with opencv-python-headless of one version and what that needs: numpy."""
-    uv = shutil.which("uv")
-    if uv is None:
-        pytest.skip("uv is not installed: it makes the environments with other OpenCVs")
-    folder = tmp_path_factory.mktemp("device") / "venv"
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
-    python = folder / "bin" / "python"
-    install = [uv, "pip", "install", "--quiet", "--python", str(python), f"opencv-python-headless=={request.param}"]
-    if subprocess.run(install, check=False).returncode != 0:
-        pytest.skip(f"opencv-python-headless {request.param} cannot be installed here (no package registry?)")
-    return python
+def device_python(request: pytest.FixtureRequest) -> Path:
+    """The interpreter of an environment with opencv-python-headless of one version and what that needs: numpy."""
+    try:
+        return opencv_python(request.param)
+    except SetupError as error:
+        pytest.skip(str(error))
 
 
 def run_py(python: Path, folder: Path, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -2,18 +2,17 @@
 
 import base64
 import json
-import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
+from shown import HISTORY, HOSTILE, bgr, mistake, solid
 
 from edgekit import report, runner
 from edgekit.artifacts import RunFolder, write_bytes, write_json, write_text
@@ -23,7 +22,6 @@ from edgekit.errors import ArtifactError, ConfigError
 from edgekit.recipe import make_recipe, to_toml
 
 NAMES = ("cat", "dog", "newt")
-HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }} & $x$ [red]猫")
 # 10 images: 4 cats (one taken for a newt), 3 dogs, 3 newts (two taken for dogs)
 CONFUSION = [[3, 0, 1], [0, 3, 0], [0, 2, 1]]
 
@@ -49,6 +47,7 @@ def metrics(names: tuple[str, ...] = NAMES, mistakes: list[dict[str, Any]] | Non
             "bundle": column(names, top1=0.6, agreement=0.9, images_per_second=41.7),
         },
         "mistakes": mistakes or [],
+        "conditions": {"cpu": "A CPU @ 2 GHz", "device": "cpu", "torch": "2.15.0"},
     }
 
 
@@ -66,37 +65,6 @@ PARITY = {
         )
     ],
 }
-HISTORY = """epoch,phase,learning_rate,train_loss,val_loss,val_top1,seconds,images_per_second
-1,head,0.005,1.6,1.2,0.5,61.0,40.0
-2,stages,0.001,0.9,0.8,0.7,70.5,30.0
-3,stages,0.0,0.7,0.75,0.7,70.5,32.0
-"""
-
-
-def rows_of(history: str) -> list[dict[str, str]]:
-    header, *lines = [line.split(",") for line in history.splitlines()]
-    return [dict(zip(header, line, strict=True)) for line in lines]
-
-
-def decoded(data: bytes) -> np.ndarray:
-    return runner.decode(data)
-
-
-def bgr(color: str) -> tuple[int, ...]:
-    return tuple(int(color[i : i + 2], 16) for i in (5, 3, 1))
-
-
-def share_of(image: np.ndarray, color: str) -> float:
-    return float((image == bgr(color)).all(axis=2).mean())
-
-
-def solid(path: Path, color: tuple[int, int, int], height: int = 40, width: int = 40) -> Path:
-    write_bytes(path, cv2.imencode(".png", np.full((height, width, 3), color, np.uint8))[1].tobytes())
-    return path
-
-
-def mistake(path: Path, label: str = "newt", predicted: str = "dog") -> dict[str, Any]:
-    return {"path": str(path), "label": label, "predicted": predicted, "score": 0.875, "true_score": 0.0625}
 
 
 # Figures
@@ -233,151 +201,6 @@ def test_backbones_table() -> None:
     ]
 
 
-# Pictures
-
-
-@pytest.mark.parametrize("classes", [1, 2, 20, 100, 250])
-def test_confusion_picture_is_large_enough_to_read(classes: int) -> None:
-    names = [f"class {i}" for i in range(classes)]
-    height, width, _ = decoded(report.confusion_picture(np.diag(range(classes)).tolist(), names)).shape
-    per_class = 72 if classes <= 2 else 50 if classes == 20 else 19 if classes == 100 else 8
-    assert per_class * classes <= height <= 2600
-    assert height * 0.8 <= width <= height * 1.8
-
-
-def test_right_and_wrong_answers_have_their_colors() -> None:
-    colors = report.THEMES["light"]
-    right = decoded(report.confusion_picture([[5, 0], [0, 7]], ["a", "b"]))
-    wrong = decoded(report.confusion_picture([[0, 5], [7, 0]], ["a", "b"]))
-    assert share_of(right, colors.right) > 0.2 and share_of(right, colors.wrong) == 0
-    assert share_of(wrong, colors.wrong) > 0.2 and share_of(wrong, colors.right) == 0
-
-
-def test_rows_are_true_classes_and_columns_predicted_ones() -> None:
-    image = decoded(report.confusion_picture([[0, 5], [0, 0]], ["a", "b"]))
-    rows, columns = np.nonzero((image == bgr(report.THEMES["light"].wrong)).all(axis=2))
-    empty = (image == bgr(report.THEMES["light"].empty)).all(axis=2)
-    top, right = rows.max(), columns.min()  # the mistake's cell is the upper right one
-    assert empty[top + 10 :, columns].any() and empty[rows.min() : top, :right].any()
-    assert not empty[: rows.min() - 5].any() and not empty[:, columns.max() + 5 :].any()
-
-
-def test_counts_are_written_up_to_20_classes() -> None:
-    def picture(classes: int, count: int) -> bytes:
-        return report.confusion_picture((np.eye(classes, dtype=int) * count).tolist(), [str(i) for i in range(classes)])
-
-    assert picture(20, 1) != picture(20, 8)
-    assert picture(21, 1) == picture(21, 8)  # the colours are shares, and those are the same
-
-
-def test_a_dark_picture_lies_on_the_dark_surface() -> None:
-    image = decoded(report.confusion_picture([[1, 0], [0, 1]], ["a", "b"], "dark"))
-    assert tuple(image[0, 0]) == bgr(report.THEMES["dark"].surface)
-    assert share_of(image, report.THEMES["dark"].right) > 0.2
-
-
-@pytest.mark.parametrize(
-    "name", ["猫", "😀", "\x08", "$x_1$", "$\\frac$", "مرحبا", "हिन्दी", "a\nb\tc", "\u200b", "", "n" * 300]
-)
-def test_any_class_name_can_be_drawn(name: str) -> None:
-    height, width, _ = decoded(report.confusion_picture([[1, 0], [0, 1]], [name, "other"])).shape
-    assert 300 < height < 1000 and 300 < width < 1000
-
-
-@settings(max_examples=12, deadline=None)
-@given(st.text(max_size=8))
-def test_no_name_makes_matplotlib_warn(name: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert report.confusion_picture([[1, 0], [0, 1]], [name, "other"]).startswith(b"\x89PNG")
-
-
-def test_names_without_glyphs_stay_apart() -> None:
-    first, second = ("\U0010fffd", "\U0010fffc")  # no font has these
-    one, two = (report.confusion_picture([[1, 0], [0, 1]], [name, "b"]) for name in (first, second))
-    assert one != two
-
-
-def test_curves_picture() -> None:
-    image = decoded(report.curves_picture(rows_of(HISTORY)))
-    assert image.shape[1] > 2 * image.shape[0] > 600
-    colors = report.THEMES["light"]
-    assert share_of(image, colors.right) > 0 and share_of(image, colors.wrong) > 0
-    assert tuple(image[0, 0]) == bgr(colors.surface)
-
-
-def test_the_boundary_between_phases_is_marked() -> None:
-    def upright_lines(history: str) -> list[int]:
-        image = decoded(report.curves_picture(rows_of(history)))
-        dashes = (image == bgr(report.THEMES["light"].muted)).all(axis=2).mean(axis=0)
-        return [int(x) for x in np.flatnonzero(dashes > 0.25)]
-
-    assert upright_lines(HISTORY.replace("head", "stages")) == []
-    lines = upright_lines(HISTORY)
-    width = decoded(report.curves_picture(rows_of(HISTORY))).shape[1]
-    assert len([x for x in lines if x < width / 2]) == len([x for x in lines if x > width / 2]) > 0, "in both panels"
-    assert width * 0.15 < lines[0] < width * 0.25, "a third of the first panel's width: after epoch 1 of 3"
-
-
-@pytest.mark.parametrize("losses", ["nan,nan", "inf,1.0", "1.0,1e300"])
-def test_a_run_that_diverged_can_be_drawn(losses: str) -> None:
-    history = HISTORY.replace("0.7,0.75", losses)
-    assert decoded(report.curves_picture(rows_of(history))).shape[0] > 300
-
-
-def test_one_epoch_can_be_drawn() -> None:
-    assert decoded(report.curves_picture(rows_of(HISTORY)[:1])).shape[0] > 300
-
-
-def test_the_users_own_matplotlib_settings_do_not_matter() -> None:
-    import matplotlib as mpl
-
-    plain = report.confusion_picture([[1, 0], [0, 1]], ["a", "b"])
-    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "axes.grid": True}):
-        assert report.confusion_picture([[1, 0], [0, 1]], ["a", "b"]) == plain
-        assert mpl.rcParams["font.size"] == 30
-
-
-@pytest.mark.parametrize(("count", "size"), [(1, (276, 232)), (4, (276, 880)), (5, (536, 880)), (24, (1576, 880))])
-def test_contact_sheet_has_four_columns(tmp_path: Path, count: int, size: tuple[int, int]) -> None:
-    path = solid(tmp_path / "a.png", (0, 0, 255))
-    assert decoded(report.contact_sheet([mistake(path)] * count)).shape[:2] == size
-
-
-def test_contact_sheet_keeps_the_order_and_the_shapes(tmp_path: Path) -> None:
-    red = solid(tmp_path / "red.png", (0, 0, 255))
-    wide = solid(tmp_path / "wide.png", (255, 0, 0), height=20, width=400)
-    sheet = decoded(report.contact_sheet([mistake(red), mistake(wide), mistake(tmp_path / "gone.png")])).astype(int)
-
-    def close(row: int, left: int, color: tuple[int, int, int]) -> bool:
-        return bool(np.abs(sheet[row, left] - color).max() < 12)  # JPEG
-
-    assert close(20, 20, (0, 0, 255)) and close(210, 210, (0, 0, 255))  # fills its cell, 16..215
-    assert close(116, 332, (255, 0, 0)) and close(116, 240, (255, 0, 0))  # the full width, a tenth as high
-    assert close(40, 332, (238, 238, 238)) and close(195, 332, (238, 238, 238))
-    assert close(40, 548, (238, 238, 238))  # a grey cell where the image is gone
-    for left in (16, 232, 448):
-        assert sheet[220:260, left : left + 200].min() < 100, "the text under the image"
-
-
-def test_tiny_images_keep_their_pixels(tmp_path: Path) -> None:
-    board = np.tile(np.uint8([[0, 255], [255, 0]]), (4, 4))  # 8×8, black and white in turn
-    write_bytes(tmp_path / "board.png", cv2.imencode(".png", board)[1].tobytes())
-    sheet = decoded(report.contact_sheet([mistake(tmp_path / "board.png")]))
-    squares = sheet[16:216, 16:216, 0].reshape(8, 25, 8, 25).transpose(0, 2, 1, 3)[:, :, 3:-3, 3:-3]
-    assert np.abs(squares.astype(int) - board[:, :, None, None]).max() < 40  # JPEG
-
-
-def test_contact_sheet_shows_the_whole_of_very_long_images(tmp_path: Path) -> None:
-    path = solid(tmp_path / "line.png", (0, 255, 0), height=1, width=3000)
-    assert decoded(report.contact_sheet([mistake(path, *HOSTILE[:2])])).shape == (276, 232, 3)
-
-
-def test_contact_sheet_without_mistakes_says_so() -> None:
-    sheet = decoded(report.contact_sheet([]))
-    assert sheet.shape == (90, 460, 3) and sheet.min() < 100
-
-
 # The page
 
 
@@ -492,6 +315,7 @@ def test_the_page_shows_the_files_figures(run: RunFolder) -> None:
         "Device and precision asked forauto, auto Seeds0 (training), 0 (split) Data, SHA-256"
     )
     assert page.section("conditions").endswith(
+        "Evaluated withcpu A CPU @ 2 GHz, device cpu, torch 2.15.0 "
         "Exported withtorch 2.15.0, onnx 1.23.0 "
         "Proved withonnxruntime 1.32.0, opencv-new 5.0.0, opencv-classic 5.0.0 "
         f"Weights, SHA-256{runner.file_sha256(run.weights)} ONNX, SHA-256{runner.file_sha256(run.onnx)}"
@@ -516,10 +340,10 @@ def test_the_page_needs_nothing_else(run: RunFolder) -> None:
 
 
 def test_the_pages_pictures_come_in_both_themes(run: RunFolder) -> None:
-    pictures = [address for address in page_of(run).addresses if address.startswith("data:image/")]
-    images = [runner.decode(base64.b64decode(address.split(",", 1)[1])) for address in pictures]
+    addresses = [address for address in page_of(run).addresses if address.startswith("data:image/")]
+    images = [runner.decode(base64.b64decode(address.split(",", 1)[1])) for address in addresses]
     surfaces = [tuple(image[0, 0]) for image in images]
-    dark, light = (bgr(report.THEMES[theme].surface) for theme in ("dark", "light"))
+    dark, light = (bgr(pictures.THEMES[theme].surface) for theme in ("dark", "light"))
     # curves, confusion: the dark source first, then the light image; then the one mistake whose image is there
     assert surfaces[:4] == [dark, light, dark, light]
     assert images[4].shape == (96, 96, 3) and np.abs(images[4].astype(int) - (0, 0, 255)).max() < 12

@@ -1,0 +1,76 @@
+"""Isolated environments, each with numpy and one OpenCV from PyPI: what a device has, made on the workstation.
+
+They are kept in the user's cache folder and used again. uv makes them: it takes seconds where pip takes a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import platformdirs
+from uv import find_uv_bin
+
+from edgekit.errors import SetupError
+
+TIMEOUT_S = 600.0
+CACHE_VARIABLE = "EDGEKIT_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where edgekit keeps what can be made again: $EDGEKIT_CACHE, else the system's place for caches."""
+    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("edgekit", appauthor=False))
+
+
+def opencv_python(version: str, *extra: str) -> Path:
+    """The interpreter of an environment that holds opencv-python-headless of a version, what it needs, and `extra`.
+
+    version: exact ("4.14.0.94") or the beginning of one ("4.14": the newest that PyPI has).
+    extra: further requirements, such as "openvino==2026.4.1".
+    Raises SetupError where there is no such version, no registry to get it from, or no Python for it.
+    """
+    if not re.fullmatch(r"\d+(\.\d+){1,3}", version):
+        raise SetupError(f"{version!r} is no OpenCV version: give one such as 4.10 or 4.14.0.94")
+    requirement = f"opencv-python-headless=={version}" + ("" if version.count(".") == 3 else ".*")
+    name = re.sub(r"[^\w.]+", "-", "-".join(("opencv", version, *extra)))
+    folder = cache_folder() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        # numpy 2 came after 4.9 was built
+        old = tuple(int(part) for part in version.split(".")[:2]) < (4, 10)
+        _make(folder, [requirement, *(["numpy<2"] if old else []), *extra])
+    return python
+
+
+def _make(folder: Path, requirements: list[str]) -> None:
+    """Makes the environment beside its place and moves it there, so that a half-made one is never used."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
+        made = Path(temporary, "venv")
+        try:
+            _uv(made.parent, "venv", "--python", sys.executable, "--relocatable", str(made))
+            _uv(made.parent, "pip", "install", "--only-binary", ":all:", "--python", str(made), *requirements)
+        except SetupError as error:
+            raise SetupError(f"cannot make an environment with {' and '.join(requirements)}: {error}") from None
+        try:
+            made.rename(folder)
+        except OSError:  # another process was first
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _uv(folder: Path, *arguments: str) -> None:
+    """Runs uv in a folder that is no project, so that the settings of the one here do not count."""
+    command = [find_uv_bin(), *arguments, "--quiet"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SetupError(f"uv did not end within {TIMEOUT_S:g} s: is the network slow?") from None
+    if done.returncode:
+        raise SetupError(" ".join(done.stderr.split())[-400:] or f"uv ended with exit code {done.returncode}")

@@ -1,0 +1,299 @@
+"""The pictures of a run: confusion matrix, training curves, the worst mistakes.
+
+Drawn on matplotlib's Figure, not pyplot: no global state, and always the Agg renderer.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import cv2
+import numpy as np
+
+from edgekit import runner
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ThemeName = Literal["light", "dark"]
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours, as CSS writes them, of the pictures and of the page around them."""
+
+    page: str
+    surface: str  # behind pictures and tables
+    empty: str  # of a matrix cell that no image fell into
+    line: str
+    muted: str
+    ink: str
+    right: str  # a right answer, and what was learnt on
+    wrong: str  # a wrong answer, and what was not learnt on
+
+
+THEMES: dict[ThemeName, Theme] = {
+    "light": Theme("#f5f5f2", "#ffffff", "#f3f3f0", "#deded8", "#6a6a66", "#1c1c1a", "#1f6feb", "#d9480f"),
+    "dark": Theme("#121214", "#1c1c1f", "#252529", "#37373c", "#9c9ca3", "#ececf0", "#5ea0ff", "#ff8a50"),
+}
+
+DPI = 150
+# DejaVu Sans comes with matplotlib. For the scripts that it lacks: what Linux, macOS and Windows have, where installed.
+FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK JP",
+    "Droid Sans Fallback",
+    "Arial Unicode MS",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+)
+
+
+def confusion_picture(
+    confusion: Sequence[Sequence[int]], class_names: Sequence[str], theme: ThemeName = "light"
+) -> bytes:
+    """[true][predicted] image counts (C, C) → a PNG: a row a true class, a column a predicted one.
+
+    A cell's strength is its share of the row, so that large classes do not outshine small ones.
+    """
+    counts, colors = np.asarray(confusion, np.int64), THEMES[theme]
+    classes = len(class_names)
+    side = min(14.0, max(7.0, 0.13 * classes)) if classes > 6 else 1.1 * classes  # inches
+    with _style(colors):
+        figure, axes = _square(side)
+        cells = _cell_colors(counts, colors)
+        axes.imshow(cells, interpolation="nearest", aspect="equal")
+        _label_classes(axes, class_names, cell_points=72 * side / classes)
+        if classes <= 40:  # above, the lines would be as wide as the cells
+            axes.hlines(np.arange(classes - 1) + 0.5, -0.5, classes - 0.5, colors.surface, linewidth=1.5)
+            axes.vlines(np.arange(classes - 1) + 0.5, -0.5, classes - 0.5, colors.surface, linewidth=1.5)
+        if classes <= 20:
+            _write_counts(axes, counts, cells, cell_points=72 * side / classes)
+        return _png(figure)
+
+
+def _square(side: float) -> tuple[Figure, Axes]:
+    """Axes that are the whole figure, `side` inches; labels lie outside and are kept by the tight bounding box."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(side, side), dpi=DPI)
+    return figure, figure.add_axes((0, 0, 1, 1))
+
+
+def _cell_colors(counts: np.ndarray, colors: Theme) -> np.ndarray:
+    """int (C, C) → RGB in 0..1, float (C, C, 3). The square root lets a single mistake be seen."""
+    from matplotlib.colors import to_rgb
+
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    diagonal = np.eye(len(counts), dtype=bool)
+    strength = np.where(diagonal, 0.1 + 0.9 * share, 0.15 + 0.85 * np.sqrt(share)) * (counts > 0)
+    full = np.where(diagonal[..., None], to_rgb(colors.right), to_rgb(colors.wrong))
+    return np.asarray(to_rgb(colors.empty) * (1 - strength[..., None]) + full * strength[..., None])
+
+
+def _label_classes(axes: Axes, class_names: Sequence[str], cell_points: float) -> None:
+    step = math.ceil(len(class_names) / 100)  # labels of more classes than that would overlap
+    ticks = range(0, len(class_names), step)
+    labels = [_short(_drawable(class_names[index]), 24) for index in ticks]
+    size = min(11.0, max(6.0, 0.75 * cell_points * step))
+    upright = max(len(label) for label in labels) * 0.62 * size < cell_points * step
+    axes.set_xticks(ticks, labels, rotation=0 if upright else 90, fontsize=size, parse_math=False)
+    axes.set_yticks(ticks, labels, fontsize=size, parse_math=False)
+    axes.set_xlabel("predicted class", labelpad=8)
+    axes.set_ylabel("true class", labelpad=8)
+    axes.tick_params(length=0, pad=5)
+    axes.spines[:].set_visible(False)
+
+
+def _write_counts(axes: Axes, counts: np.ndarray, cells: np.ndarray, cell_points: float) -> None:
+    size = min(12.0, 0.8 * cell_points / (0.62 * len(str(counts.max()))))
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            luminance = float(cells[row, column] @ (0.299, 0.587, 0.114))
+            ink = "#111111" if luminance > 0.55 else "#ffffff"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=size, color=ink)
+
+
+def curves_picture(history: Sequence[Mapping[str, Any]], theme: ThemeName = "light") -> bytes:
+    """Rows of history.csv, at least one → a PNG: losses and validation top-1 by epoch, with the phases' boundaries."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    colors = THEMES[theme]
+    epochs = [int(row["epoch"]) for row in history]
+    with _style(colors):
+        figure = Figure(figsize=(9, 3.3), dpi=DPI)
+        loss, top1 = figure.subplots(1, 2)
+        figure.subplots_adjust(wspace=0.2)
+        for name, title, color in (("train_loss", "training", colors.right), ("val_loss", "validation", colors.wrong)):
+            loss.plot(epochs, [float(row[name]) for row in history], "o-", markersize=4, color=color, label=title)
+        loss.legend(loc="upper right", frameon=False, labelcolor=colors.ink)
+        top1.plot(epochs, [100 * float(row["val_top1"]) for row in history], "o-", markersize=4, color=colors.wrong)
+        for axes, title in ((loss, "loss"), (top1, "validation top-1, %")):
+            axes.set_title(title, loc="left", color=colors.ink, fontsize=11, pad=18)
+            axes.set_xlabel("epoch")
+            axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            axes.grid(axis="y", color=colors.line, linewidth=0.8)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(length=0)
+            _mark_phases(axes, history, colors)
+        _mark_best(top1, history, colors)
+        return _png(figure)
+
+
+def _mark_phases(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme) -> None:
+    """A dashed line where a phase ends and the next begins, with their names on either side above it."""
+    for before, row in pairwise(history):
+        if row["phase"] == before["phase"]:
+            continue
+        start = int(row["epoch"]) - 0.5
+        axes.axvline(start, color=colors.muted, linewidth=1, linestyle=(0, (3, 3)))
+        for name, offset, side in ((before["phase"], -4, "right"), (row["phase"], 4, "left")):
+            axes.annotate(
+                _drawable(str(name)),
+                (start, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(offset, 4),
+                textcoords="offset points",
+                horizontalalignment=side,
+                fontsize=9,
+                color=colors.muted,
+                parse_math=False,
+            )
+
+
+def _mark_best(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme) -> None:
+    """A larger dot, and the figure, at the epoch whose weights are kept: the best top-1, then the lowest loss."""
+    best = max(history, key=lambda row: (float(row["val_top1"]), -float(row["val_loss"])))
+    at = (int(best["epoch"]), 100 * float(best["val_top1"]))
+    axes.plot(*at, "o", color=colors.wrong, markersize=8)
+    offset = (0, -16)  # under the point: the curve's best is at its top
+    axes.annotate(f"{at[1]:.2f}", at, offset, textcoords="offset points", ha="center", color=colors.ink)
+
+
+def contact_sheet(mistakes: Sequence[Mapping[str, Any]]) -> bytes:
+    """The mistakes of metrics.json → a JPEG: each image with "true → predicted score" under it, the worst first.
+
+    An image that cannot be read is a grey cell that says so. Without mistakes: a small picture that says so.
+    """
+    from matplotlib.figure import Figure
+
+    colors, side, gap, text_height = THEMES["light"], 200, 16, 44  # pixels
+    columns = min(4, len(mistakes))
+    rows = -(-len(mistakes) // 4)
+    width, height = (gap + columns * (side + gap), gap + rows * (side + text_height + gap)) if mistakes else (460, 90)
+    with _style(colors):
+        figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+        canvas = np.full((height, width, 3), 255, np.uint8)
+        for index, mistake in enumerate(mistakes):
+            left = gap + index % 4 * (side + gap)
+            top = gap + index // 4 * (side + text_height + gap)
+            canvas[top : top + side, left : left + side] = _cell(Path(mistake["path"]), side)
+            under = (left / width, 1 - (top + side + 6) / height)
+            figure.text(*under, _caption(mistake), va="top", fontsize=8.5, linespacing=1.35, parse_math=False)
+        if not mistakes:
+            figure.text(
+                0.5, 0.5, "No mistakes: every validation image is right.", ha="center", va="center", fontsize=12
+            )
+        figure.figimage(canvas)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": 90})
+    return buffer.getvalue()
+
+
+def _caption(mistake: Mapping[str, Any]) -> str:
+    label, predicted = _short(_drawable(mistake["label"]), 26), _short(_drawable(mistake["predicted"]), 16)
+    return f"{label}\n→ {predicted}  {100 * mistake['score']:.0f} %"
+
+
+def _cell(path: Path, side: int) -> np.ndarray:
+    """An image file → uint8 (side, side, 3) RGB, the whole image, with bars where its shape is another."""
+    cell = np.full((side, side, 3), 238, np.uint8)
+    try:
+        image = fitted(runner.read_image(path), side)
+    except runner.RunnerError:
+        cv2.putText(
+            cell, "image gone", (side // 2 - 44, side // 2), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (90, 90, 90), 1, cv2.LINE_AA
+        )
+        return cell
+    height, width = image.shape[:2]
+    top, left = (side - height) // 2, (side - width) // 2
+    cell[top : top + height, left : left + width] = image[..., ::-1]
+    return cell
+
+
+def fitted(image: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (H, W, 3) → the same picture, its longer side `side` pixels; for eyes, not for networks."""
+    scale = side / max(image.shape[:2])
+    # Tiny images are shown as the pixels that they are: smoothed, 8 px of a digit are a blur.
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC if scale < 4 else cv2.INTER_NEAREST
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    return np.asarray(cv2.resize(image, size, interpolation=method))
+
+
+def _style(colors: Theme) -> AbstractContextManager[None]:
+    """matplotlib's own defaults, whatever the user's matplotlibrc says, in the theme's colours."""
+    import matplotlib.style
+
+    settings = {
+        "font.family": _fonts(),
+        "font.size": 10,
+        "lines.linewidth": 2,
+        "figure.facecolor": colors.surface,
+        "axes.facecolor": colors.surface,
+        "axes.edgecolor": colors.line,
+        "axes.labelcolor": colors.muted,
+        "text.color": colors.ink,
+        "xtick.color": colors.muted,
+        "ytick.color": colors.muted,
+        "xtick.labelcolor": colors.ink,
+        "ytick.labelcolor": colors.ink,
+    }
+    return matplotlib.style.context(settings, after_reset=True)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
+    return buffer.getvalue()
+
+
+@cache
+def _fonts() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist if font.weight == 400}  # matplotlib logs about other weights
+    return [name for name in FONTS if name in installed]
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    """The code points that _fonts() can draw between them."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    files = [findfont(FontProperties(family=name)) for name in _fonts()]
+    return frozenset(code for file in files for code in get_font(file).get_charmap())
+
+
+def _drawable(text: str) -> str:
+    """The text with a code such as \\u732b for each character that no font here has.
+
+    (matplotlib would warn and draw the same box for each.)
+    """
+    words = " ".join(text.split())
+    return "".join(c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in words)
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
