@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from shown import HISTORY, HOSTILE, bgr, mistake, solid
 
-from edgekit import report, runner
+from edgekit import pictures, report, runner
 from edgekit.artifacts import RunFolder, write_bytes, write_json, write_text
 from edgekit.backbones import Backbone
 from edgekit.datasets import Dataset, Problem, Sample, write_split
