@@ -87,7 +87,8 @@ def make_model(name: str, folder: Path) -> tuple[Path, np.ndarray, parity.Arrays
     """A network by name → its lowered ONNX file, two input images and torch's answers."""
     torch.manual_seed(0)
     model = backbones.build(name, CLASSES, pretrained=False, weights=None)
-    spec = backbones.default_spec(name, [str(i) for i in range(CLASSES)])
+    names = tuple(str(i) for i in range(CLASSES))
+    spec = backbones.default_spec(name, names, input_size=None, resize="crop", interpolation="area")
     blobs = photos(spec)
     shake(model, blobs)
     with torch.inference_mode():
@@ -148,8 +149,8 @@ def main() -> None:
         start = time.perf_counter()
         try:
             results[name] = judge(name, args.opencv.split(","), args.folder)
-        except EdgekitError as error:
-            print(f"{name}: {error}", flush=True)
+        except (EdgekitError, AssertionError, RuntimeError) as error:
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
             continue
         file.write_text(json.dumps(results, indent=1))
         bad = [f"{row['engine']} {row['version']} {row['status']}" for row in results[name] if row["status"] != "ok"]

@@ -178,6 +178,16 @@ def open_run(path: Path) -> RunFolder:
     return run
 
 
+def read_proof(run: RunFolder) -> dict[str, Any]:
+    """parity.json, once it is certain that it speaks of this model.onnx. Raises ArtifactError otherwise."""
+    if not run.onnx.is_file() or not run.parity.is_file():
+        raise ArtifactError(f"{run.path} has no proved model.onnx: run `edgekit export {run.path}` first")
+    proof = read_json(run.parity)
+    if proof.get("onnx_sha256") != runner.file_sha256(run.onnx):
+        raise ArtifactError(f"{run.onnx} is not the one that was proved: run `edgekit export {run.path}` again")
+    return proof
+
+
 def unused_name(folder: Path, name: str) -> Path:
     """folder/name, or folder/name-2, -3, … where that exists: a run is never overwritten."""
     candidate, count = folder / name, 1
@@ -209,6 +219,7 @@ class Manifest(BaseModel):
     precision: str
     threads: int
     proved: tuple[dict[str, str], ...]  # {"opencv": "4.14.0", "engine": "classic"}, the fastest engine first
+    refused: tuple[dict[str, str], ...]  # the same, where the network was found wrong or did not run
     files: dict[str, dict[str, Any]]  # {name: {"sha256", "size_bytes"}}
     tolerances: Tolerances
     latency_budget_ms: float | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from edgekit.artifacts import (
     file_table,
     open_run,
     read_json,
+    read_proof,
     replacing_folder,
     write_archive,
     write_json,
@@ -29,12 +31,11 @@ from edgekit.artifacts import (
 )
 from edgekit.datasets import read_split
 from edgekit.errors import ArtifactError, ParityError
+from edgekit.parity import OTHER_PIXELS_TOLERANCE
 from edgekit.recipe import recipe_sha256
 from edgekit.targets import Target
 
 CHECK_TIMEOUT_S = 300
-# Another JPEG decoder may move a pixel by a level or two; a conversion fault moves the outputs far more.
-OTHER_PIXELS_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -57,33 +58,24 @@ def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
     when the check fails.
     """
     folder = open_run(run)
-    parity = _proof(folder)
+    proof = read_proof(folder)
+    if proof.get("ok") is not True:  # an export on another OpenCV, after this model.onnx was made
+        raise ArtifactError(f"the last export found {folder.onnx} wrong: see {folder.parity}, and export it again")
+    requirements = _requirements(target, proof)
     path = dist / f"{folder.name}-{target.name}"
     with replacing_folder(path) as temporary:
         shutil.copyfile(runner.__file__, temporary / "run.py")
         (temporary / "run.py").chmod(0o755)
         shutil.copyfile(folder.onnx, temporary / "model.onnx")
         _write_check(folder, temporary / "check")
-        write_text(temporary / "requirements.txt", "\n".join(target.requirements) + "\n")
+        write_text(temporary / "requirements.txt", "\n".join(requirements) + "\n")
         write_text(temporary / "README.md", _readme(folder, target))
-        manifest = _manifest(folder, target, parity, file_table(temporary))
+        manifest = _manifest(folder, target, proof, file_table(temporary))
         write_json(temporary / "manifest.json", manifest.to_json())
         checked = _check(temporary)
     archive = path.with_name(path.name + ".tar.gz")
     write_archive(path, archive)
     return Bundled(path, archive, archive.stat().st_size, checked)
-
-
-def _proof(folder: RunFolder) -> dict[str, Any]:
-    """parity.json, once it is certain that it speaks of this model.onnx."""
-    if not folder.onnx.is_file() or not folder.parity.is_file():
-        raise ArtifactError(f"{folder.path} has no proved model.onnx: run `edgekit export {folder.path}` first")
-    parity = read_json(folder.parity)
-    if parity.get("onnx_sha256") != runner.file_sha256(folder.onnx):
-        raise ArtifactError(f"{folder.onnx} is not the one that was proved: run `edgekit export {folder.path}` again")
-    if parity.get("ok") is not True:  # an export on another machine or OpenCV, after this model.onnx was made
-        raise ArtifactError(f"the last export found {folder.onnx} wrong: see {folder.parity}, and export it again")
-    return parity
 
 
 def _write_check(folder: RunFolder, check: Path) -> None:
@@ -111,12 +103,45 @@ def _short(array: np.ndarray) -> Any:
     return np.vectorize(lambda x: float(f"{x:.8e}"), otypes=[float])(array).tolist()
 
 
-def _manifest(folder: RunFolder, target: Target, parity: dict[str, Any], files: dict[str, dict[str, Any]]) -> Manifest:
-    proved = tuple(
-        {"opencv": row["version"], "engine": row["engine"].removeprefix("opencv-")}
-        for row in parity["verdicts"]
-        if row["engine"].startswith("opencv-") and row["status"] == "ok"
+def _requirements(target: Target, proof: dict[str, Any]) -> list[str]:
+    """The target's, without the OpenCVs that it names and on which the network was found wrong.
+
+    Raises ParityError where that is all of them.
+    """
+    failed = [version for version in target.prove_on if _rows(proof, version) and not _proved(_rows(proof, version))]
+    if len(failed) == len(target.prove_on):
+        raise ParityError(
+            f"the network is wrong, or does not run, on every OpenCV of the target {target.name} "
+            f"({', '.join(failed)}): choose another backbone (`edgekit backbones`) or target"
+        )
+    without = "".join(",!={}.{}.*".format(*version.split(".")) for version in failed)
+    return [line + without if line.startswith("opencv") else line for line in target.requirements]
+
+
+def _rows(proof: dict[str, Any], version: str = "") -> list[dict[str, Any]]:
+    """What parity.json says of OpenCV's engines, or of those of one version; the fastest first in each version."""
+    rows = [row for row in proof["verdicts"] if row["engine"].startswith("opencv-")]
+    rows = [
+        row for row in rows if not version or runner.opencv_version(row["version"]) == runner.opencv_version(version)
+    ]
+    return sorted(rows, key=lambda row: (runner.opencv_version(row["version"]), row["best_ms"] or math.inf))
+
+
+def _proved(rows: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:
+    ok = [row for row in rows if row["status"] == "ok"]
+    return tuple({"opencv": row["version"], "engine": row["engine"].removeprefix("opencv-")} for row in ok)
+
+
+def _refused(rows: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:
+    bad = [row for row in rows if row["status"] != "ok"]
+    return tuple(
+        {"opencv": row["version"], "engine": row["engine"].removeprefix("opencv-"), "reason": row["status"]}
+        for row in bad
     )
+
+
+def _manifest(folder: RunFolder, target: Target, proof: dict[str, Any], files: dict[str, dict[str, Any]]) -> Manifest:
+    rows = _rows(proof)
     return Manifest(
         edgekit_version=__version__,
         name=folder.name,
@@ -126,9 +151,10 @@ def _manifest(folder: RunFolder, target: Target, parity: dict[str, Any], files: 
         engine=target.engine,
         precision=target.precision,
         threads=target.threads,
-        proved=proved,
+        proved=_proved(rows),
+        refused=_refused(rows),
         files=files,
-        tolerances=Tolerances(outputs=parity["tolerance"], outputs_other_pixels=OTHER_PIXELS_TOLERANCE),
+        tolerances=Tolerances(outputs=proof["tolerance"], outputs_other_pixels=OTHER_PIXELS_TOLERANCE),
         latency_budget_ms=target.latency_budget_ms,
         provenance=_provenance(folder),
     )

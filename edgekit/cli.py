@@ -309,6 +309,41 @@ def export(run: Run, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def verify(
+    run: Run,
+    opencv: Annotated[
+        str, typer.Option(help="Versions, with commas between: 4.10 (the newest of them) or 4.14.0.94.")
+    ] = ("4.6,4.10,4.14,5.0"),
+    as_json: AsJson = False,
+) -> None:
+    """Prove a run on the OpenCVs that devices have.
+
+    Each version comes from PyPI into an environment of its own, and each of its engines computes the check images in
+    a process of its own: on torch's own input, and from the bytes of the files. parity.json keeps the rows; bundles
+    name what was proved, and refuse to run where the network was found wrong.
+
+    Exit code 1 where no engine of a version is right, 3 where a version cannot be had here.
+    """
+    from edgekit.artifacts import open_run
+
+    open_run(run)
+    versions = [version.strip() for version in opencv.split(",") if version.strip()]
+    from edgekit.progress import display
+
+    with display() as show:
+        show.busy(LOADING)
+        from edgekit import report
+        from edgekit.verify import verify as stage
+
+        done = stage(run, versions, progress=show.busy)
+    if as_json:
+        _print_json({"run": run, "failed": done.failed, "not_proved": done.not_proved, "verdicts": done.verdicts})
+    else:
+        _print_table(report.verdicts_table([row for rows in done.verdicts.values() for row in rows]))
+    raise typer.Exit(1 if done.failed else 3 if done.not_proved else 0)
+
+
+@app.command()
 def bundle(
     run: Run,
     target: Annotated[str, typer.Option(help="A name from `edgekit targets`, or a .toml file.")] = "cpu",
@@ -329,10 +364,16 @@ def bundle(
         show.busy(LOADING)
         from edgekit.bundle import bundle as stage
         from edgekit.export import export as export_stage
+        from edgekit.verify import unproved
+        from edgekit.verify import verify as verify_stage
 
         if not folder.onnx.is_file():
             show.stage("export")
             export_stage(run, progress=show.stage)
+        missing = unproved(run, chosen.prove_on)
+        if missing:
+            show.stage("verify")
+            verify_stage(run, missing, progress=show.busy)
         show.stage("bundle")
         done = stage(run, chosen, dist)
     if as_json:

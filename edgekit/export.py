@@ -86,7 +86,7 @@ def _record(
 ) -> dict[str, Any]:
     """What parity.json holds."""
     return {
-        "ok": all(verdict.status == "ok" for verdict in verdicts),
+        "ok": parity.is_proved(verdicts),
         "onnx_sha256": sha256,
         "onnx_size_bytes": size_bytes,
         "images": images,

@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -27,9 +27,11 @@ import onnxruntime
 from edgekit import runner
 from edgekit.errors import ParityError, SetupError
 
-Status = Literal["ok", "wrong", "raised", "died", "timed out"]
+Status = Literal["ok", "wrong", "raised", "died", "timed out", "not proved"]
 Arrays = dict[str, np.ndarray]
 
+# Another JPEG decoder may move a pixel by a level or two; a conversion fault moves the outputs far more.
+OTHER_PIXELS_TOLERANCE = 0.05
 DISCOVERY_TIMEOUT_S = 60.0
 PROBES_PER_TIMEOUT = 8  # the search for the first difference may take as long as one run; a probe this part of it
 # Asked of the runner itself, so that there is one definition of the engines.
@@ -49,6 +51,8 @@ class Verdict:
     relative_error: float | None  # largest difference as a share of the output's largest value; None: no figure
     message: str  # "" where ok
     first_difference: str  # the first node that goes wrong, in words; "" where ok, and for ONNX Runtime
+    end_to_end_error: float | None = None  # as relative_error, from the bytes of image files; None: not measured
+    best_ms: float | None = None  # the fastest forward pass there, in a process of its own; None: not measured
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class _Run:
     status: Status
     message: str
     arrays: Arrays
+    answer: dict[str, Any]  # what `runner.py forward` said of it
 
 
 _Forward = Callable[[Path, np.ndarray, float], _Run]  # (model, (N, 3, h, w), timeout in seconds)
@@ -104,10 +109,64 @@ def compare(
     return tuple(verdicts)
 
 
-def require(verdicts: Iterable[Verdict]) -> None:
-    """Raises ParityError, in one message for all of them, unless every verdict is "ok"."""
+def compare_files(
+    verdicts: Iterable[Verdict],
+    model: Path,
+    spec: Path,
+    images: Sequence[Path],
+    pixels_sha256: Sequence[str],
+    expected: Arrays,
+    *,
+    tolerance: float,
+    tolerance_other_pixels: float,
+    timeout_s: float = 120.0,
+    python: Path | None = None,
+) -> tuple[Verdict, ...]:
+    """The verdicts, those of OpenCV's engines that are "ok" put to one more proof: from image files to outputs.
+
+    spec: a run's spec.json. images: files, N of them. pixels_sha256: of each, decoded and resized by the source; where
+    OpenCV there gives other pixels, `tolerance_other_pixels` holds for that image. expected: the source's outputs,
+    (N, ...) each. Raises SetupError where the interpreter has no usable OpenCV.
+    """
+    opencv = find_opencv(python)
+    source = ["--spec", str(spec.resolve()), "--images", *(str(image.resolve()) for image in images)]
+
+    def prove(verdict: Verdict) -> Verdict:
+        if verdict.status != "ok" or not verdict.engine.startswith("opencv-"):
+            return verdict
+        run = _mask_path(_run_opencv(opencv, verdict.engine.removeprefix("opencv-"), model, source, timeout_s), model)
+        if run.status != "ok":
+            return replace(verdict, status=run.status, message=f"from image files: {run.message}")
+        same = np.array(run.answer["pixels_sha256"]) == np.array(pixels_sha256)
+        allowed = np.where(same, tolerance, tolerance_other_pixels)
+        errors = np.max([_relative_errors(run.arrays.get(name), want) for name, want in expected.items()], axis=0)
+        worst = float(errors.max())
+        verdict = replace(
+            verdict, end_to_end_error=worst if math.isfinite(worst) else None, best_ms=run.answer["best_ms"]
+        )
+        if (errors <= allowed).all():
+            return verdict
+        at = int(np.argmax(errors - allowed))
+        pixels = "the same pixels" if same[at] else "other pixels"
+        fault = f"from {images[at].name}, {pixels}: differs by {errors[at]:.2g}; at most {allowed[at]:g} is allowed"
+        return replace(verdict, status="wrong", message=fault)
+
+    return tuple(map(prove, verdicts))
+
+
+def is_proved(verdicts: Sequence[Verdict]) -> bool:
+    """Is ONNX Runtime right, and at least one engine of OpenCV?"""
+    right = {verdict.engine for verdict in verdicts if verdict.status == "ok"}
+    return "onnxruntime" in right and len(right) > 1
+
+
+def require(verdicts: Sequence[Verdict]) -> None:
+    """Raises ParityError, in one message, unless ONNX Runtime is right and so is an engine of OpenCV.
+
+    One right engine is enough: the runner opens it, and refuses those that are known to be wrong.
+    """
     failed = [verdict for verdict in verdicts if verdict.status != "ok"]
-    if failed:
+    if not is_proved(verdicts):
         raise ParityError(
             f"the converted model does not compute what was trained: {'; '.join(map(describe, failed))}. "
             "Choose another backbone (`edgekit backbones`), or report it with these figures"
@@ -153,27 +212,34 @@ def _run_onnxruntime(model: Path, blobs: np.ndarray) -> _Run:
         names = [output.name for output in session.get_outputs()]
         source = session.get_inputs()[0].name
         columns = zip(*(session.run(names, {source: blob[None]}) for blob in blobs), strict=True)
-        return _Run("ok", "", {name: np.concatenate(arrays) for name, arrays in zip(names, columns, strict=True)})
+        return _Run("ok", "", {name: np.concatenate(arrays) for name, arrays in zip(names, columns, strict=True)}, {})
     except Exception as error:  # noqa: BLE001 - its errors have no common base but Exception
-        return _Run("raised", " ".join(str(error).split()), {})
+        return _Run("raised", " ".join(str(error).split()), {}, {})
 
 
 def _opencv_forward(opencv: OpenCV, engine: str) -> _Forward:
     def forward(model: Path, blobs: np.ndarray, timeout_s: float) -> _Run:
-        # The folder is the child's working directory too: a core dump goes away with it.
         with tempfile.TemporaryDirectory(prefix="edgekit-parity-") as folder:
-            source, answer = Path(folder, "x.npy"), Path(folder, "y.npz")
+            source = Path(folder, "x.npy")
             np.save(source, np.ascontiguousarray(blobs, dtype=np.float32))
-            # -I: neither the user's variables nor the package's own folder decide what the child imports
-            command = [str(opencv.python), "-I", str(runner.__file__), "forward", "--model", str(model.resolve())]
-            command += ["--engine", engine, "--input", str(source), "--output", str(answer)]
-            try:
-                child = _run_child(command, timeout_s, folder)
-            except subprocess.TimeoutExpired:
-                return _Run("timed out", f"no answer within {timeout_s:g} s", {})
-            return _read_answer(child, engine, answer)
+            return _run_opencv(opencv, engine, model, ["--input", str(source)], timeout_s)
 
     return forward
+
+
+def _run_opencv(opencv: OpenCV, engine: str, model: Path, source: list[str], timeout_s: float) -> _Run:
+    """`runner.py forward` in a child process; source: its options that say what to run the model on."""
+    # The folder is the child's working directory too: a core dump goes away with it.
+    with tempfile.TemporaryDirectory(prefix="edgekit-parity-") as folder:
+        answer = Path(folder, "y.npz")
+        # -I: neither the user's variables nor the package's own folder decide what the child imports
+        command = [str(opencv.python), "-I", str(runner.__file__), "forward", "--model", str(model.resolve())]
+        command += ["--engine", engine, "--output", str(answer), *source]
+        try:
+            child = _run_child(command, timeout_s, folder)
+        except subprocess.TimeoutExpired:
+            return _Run("timed out", f"no answer within {timeout_s:g} s", {}, {})
+        return _read_answer(child, engine, answer)
 
 
 def _run_child(command: list[str], timeout_s: float, folder: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -192,17 +258,18 @@ def _run_child(command: list[str], timeout_s: float, folder: str | None = None) 
 
 def _read_answer(child: subprocess.CompletedProcess[str], engine: str, answer: Path) -> _Run:
     if child.returncode in (1, 2):  # 2: a message of the runner; 1: a traceback
-        return _Run("raised", _last_line(child.stderr), {})
+        return _Run("raised", _last_line(child.stderr), {}, {})
     if child.returncode:
-        return _Run("died", f"the process ended with {_death(child.returncode)}", {})
+        return _Run("died", f"the process ended with {_death(child.returncode)}", {}, {})
     try:
-        used = json.loads(child.stdout.splitlines()[-1])["engine"]
+        said = json.loads(child.stdout.splitlines()[-1])
+        used = said["engine"]
         with np.load(answer) as arrays:
-            run = _Run("ok", "", dict(arrays))
+            run = _Run("ok", "", dict(arrays), said)
     except (ValueError, LookupError, OSError):
-        return _Run("raised", f"the runner gave no answer that can be read: {_last_line(child.stdout)!r}", {})
+        return _Run("raised", f"the runner gave no answer that can be read: {_last_line(child.stdout)!r}", {}, {})
     if used != engine:
-        return _Run("raised", f"OpenCV ran its {used} engine, though {engine} was asked for", {})
+        return _Run("raised", f"OpenCV ran its {used} engine, though {engine} was asked for", {}, {})
     return run
 
 

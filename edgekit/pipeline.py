@@ -13,6 +13,7 @@ from edgekit.export import Exported, export
 from edgekit.finetune import Epoch, Finetuned, Step, finetune
 from edgekit.recipe import Recipe
 from edgekit.targets import Target
+from edgekit.verify import unproved, verify
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def pipeline(recipe: Recipe, target: Target, runs: Path, dist: Path, watch: Watc
     trained = finetune(recipe, dataset, runs, on_step=watch.on_step, on_epoch=watch.on_epoch)
     watch.on_stage("export")
     exported = export(trained.run)
+    watch.on_stage("verify")
+    verify(trained.run, unproved(trained.run, target.prove_on))
     watch.on_stage("bundle")
     bundled = bundle(trained.run, target, dist)
     watch.on_stage("evaluate")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from edgekit.backbones import Backbone
+    from edgekit.parity import Verdict
 
 NOTHING = "-"  # in a cell that has no value
 
@@ -121,6 +122,20 @@ def per_class_table(metrics: Mapping[str, Any]) -> Table:
 def parity_table(parity: Mapping[str, Any]) -> Table:
     """parity.json → a row an engine that ran the exported model."""
     return _table(_parity_rows(parity), left=(1, 2))
+
+
+def verdicts_table(verdicts: Iterable[Verdict]) -> Table:
+    """What each engine of each OpenCV makes of a model, with what went wrong."""
+    rows = [["OpenCV", "engine", "status", "error", "from files", "ms", "what went wrong"]]
+    for verdict in verdicts:
+        errors = [_error(verdict.relative_error), _error(verdict.end_to_end_error)]
+        ms = NOTHING if verdict.best_ms is None else f"{verdict.best_ms:.1f}"
+        # an importer's own message is a paragraph; where the search found the node, that says it better
+        is_located = verdict.first_difference and not verdict.first_difference.startswith("not located")
+        fault = verdict.first_difference if is_located else verdict.message
+        rows.append([verdict.version, verdict.engine.removeprefix("opencv-"), verdict.status, *errors, ms, fault])
+    caption = "error: share of the largest output; ms: the fastest of these forward passes on this machine"
+    return _table(rows, left=(1, 2, 6), caption=caption)
 
 
 def problems_table(problems: Iterable[Problem]) -> Table:

@@ -354,14 +354,17 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
 class Model:
     """A bundle, verified and loaded: `Model("bundle")(image)`."""
 
-    def __init__(self, bundle: os.PathLike[str] | str, threads: int | None = None) -> None:
-        """threads: None takes the manifest's, 0 OpenCV's choice. Raises RunnerError."""
+    def __init__(self, bundle: os.PathLike[str] | str, threads: int | None = None, engine: str | None = None) -> None:
+        """threads: None takes the manifest's, 0 OpenCV's choice. engine: None takes the fastest that was proved here.
+
+        Raises RunnerError, also where the network was found wrong on this OpenCV.
+        """
         self.bundle = Path(bundle)
         self.manifest = read_manifest(self.bundle)
         self.spec = Spec.from_dict(self.manifest["spec"])
         self.session = Session(
             self.bundle / "model.onnx",
-            engine=proved_engine(self.manifest) or "auto",
+            engine=choose_engine(self.manifest, engine or self.manifest["engine"]),
             threads=self.manifest["threads"] if threads is None else threads,
         )
 
@@ -380,14 +383,29 @@ class Model:
             "machine": platform.machine(),
             "cpu": cpu_name(),
             "python": platform.python_version(),
-            "proved_on_this_opencv": proved_engine(self.manifest) is not None,
+            "proved_on_this_opencv": self.session.engine in engines_here(self.manifest["proved"]),
         }
 
 
-def proved_engine(manifest: dict[str, Any]) -> str | None:
-    """The first engine that the bundle was proved with on this OpenCV; None where it was proved with none."""
-    here = opencv_version()
-    return next((row["engine"] for row in manifest["proved"] if opencv_version(row["opencv"]) == here), None)
+def engines_here(rows: list[dict[str, str]]) -> list[str]:
+    """The engines of those rows of the manifest's "proved" or "refused" that speak of this OpenCV, in their order."""
+    return [row["engine"] for row in rows if opencv_version(row["opencv"]) == opencv_version()]
+
+
+def choose_engine(manifest: dict[str, Any], asked: str = "auto") -> str:
+    """The engine to open: the one asked for, else the fastest that was proved here, else "auto".
+
+    Raises RunnerError where the network was found wrong with it on this OpenCV.
+    """
+    proved, refused = engines_here(manifest["proved"]), engines_here(manifest["refused"])
+    engine = proved[0] if asked == "auto" and proved else asked
+    if engine in refused or (engine == "auto" and refused):
+        right = ", ".join(f"{row['opencv']} ({row['engine']})" for row in manifest["proved"]) or "none"
+        raise RunnerError(
+            f"OpenCV {cv2.__version__} does not compute this network as it was trained (engine: {', '.join(refused)}). "
+            f"Install one that does: {right}"
+        )
+    return engine
 
 
 def cpu_name() -> str:
@@ -725,7 +743,7 @@ def _infer(args: argparse.Namespace) -> int:
     sources = [*args.sources, *(_read_list(args.list) if args.list else ())]
     if bool(sources) == (args.camera is not None):
         raise RunnerError("infer needs a SOURCE (image, folder, glob, video, URL) or --list FILE, or else --camera N")
-    model = Model(args.bundle, args.threads)
+    model = Model(args.bundle, args.threads, args.engine)
     _warn_unproved(model)
     stream = frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True)
     drawings = Drawings(args.draw) if args.draw else None
@@ -779,7 +797,7 @@ def _read_list(path: str) -> list[str]:
 
 
 def _warn_unproved(model: Model) -> None:
-    if proved_engine(model.manifest) is None:
+    if model.session.engine not in engines_here(model.manifest["proved"]):
         proved = ", ".join(sorted({row["opencv"] for row in model.manifest["proved"]})) or "none"
         print(
             f"run.py: warning: this bundle was not proved on OpenCV {cv2.__version__} (proved on: {proved}). "
@@ -789,7 +807,7 @@ def _warn_unproved(model: Model) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    model = Model(args.bundle, args.threads)
+    model = Model(args.bundle, args.threads, args.engine)
     rows = check(model)
     passed = bool(rows) and all(row["ok"] for row in rows)
     if args.json:
@@ -809,7 +827,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    model = Model(args.bundle, args.threads)
+    model = Model(args.bundle, args.threads, args.engine)
     load_ms = (time.perf_counter() - start) * 1e3
     report = {"load_ms": load_ms, **bench(model, args.seconds)}
     if args.json:
@@ -832,7 +850,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    model = Model(args.bundle, args.threads)
+    model = Model(args.bundle, args.threads, args.engine)
     manifest = model.manifest
     facts = {
         "name": manifest["name"],
@@ -854,15 +872,30 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _forward(args: argparse.Namespace) -> int:
-    try:
-        blobs = np.load(args.input)
-    except (OSError, ValueError) as error:
-        raise RunnerError(f"cannot read {args.input}: {_first_line(error)}") from None
+    answer: dict[str, Any] = {"opencv": cv2.__version__}
+    if args.images:
+        try:
+            spec = Spec.from_dict(json.loads(args.spec.read_text("utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunnerError(f"cannot read {args.spec}: {_first_line(error)}") from None
+        pixels = [resize(read_image(path), spec) for path in args.images]
+        answer["pixels_sha256"] = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
+        blobs = normalize(np.stack(pixels), spec)
+    else:
+        try:
+            blobs = np.load(args.input)
+        except (OSError, ValueError) as error:
+            raise RunnerError(f"cannot read {args.input}: {_first_line(error)}") from None
     session = Session(args.model, args.engine)
-    rows = [session(blob[None]) for blob in blobs]
+    rows, times_ms = [], []
+    for blob in blobs:
+        start = time.perf_counter()
+        rows.append(session(blob[None]))
+        times_ms.append((time.perf_counter() - start) * 1e3)
     arrays: dict[str, Any] = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     np.savez(args.output, **arrays)
-    print(json.dumps({"opencv": cv2.__version__, "engine": session.engine, "outputs": sorted(arrays)}))
+    # the fastest: the first one prepares the network, and others may have been disturbed
+    print(json.dumps({**answer, "engine": session.engine, "outputs": sorted(arrays), "best_ms": min(times_ms)}))
     return 0
 
 
@@ -875,6 +908,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--bundle", type=Path, default=Path(__file__).resolve().parent, help="default: run.py's folder")
+    common.add_argument("--engine", help="classic or new (OpenCV 5.0); default: the fastest that was proved here")
     common.add_argument("--threads", type=_count, help="OpenCV threads (default: the manifest's; 0: OpenCV's choice)")
 
     infer = commands.add_parser("infer", parents=[common], help="answer for images, videos or a camera, as JSON lines")
@@ -905,10 +939,13 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.set_defaults(run=_info)
 
-    forward = commands.add_parser("forward", help="raw outputs for arrays (used by edgekit's proofs)")
+    forward = commands.add_parser("forward", help="raw outputs for arrays or images (used by edgekit's proofs)")
     forward.add_argument("--model", type=Path, required=True, help="an ONNX file")
     forward.add_argument("--engine", default="auto", help="auto, classic or new")
-    forward.add_argument("--input", type=Path, required=True, help=".npy, float32 (N, 3, h, w)")
+    source = forward.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, help=".npy, float32 (N, 3, h, w)")
+    source.add_argument("--images", type=Path, nargs="+", help="image files, prepared as --spec says")
+    forward.add_argument("--spec", type=Path, default=Path("spec.json"), help="spec.json of a run")
     forward.add_argument("--output", type=Path, required=True, help=".npz to write")
     forward.set_defaults(run=_forward)
     return parser

@@ -118,6 +118,7 @@ def sign(folder: Path, **changes: Any) -> None:
         "backend": "opencv",
         "engine": "auto",
         "precision": "fp32",
+        "refused": (),
         "threads": 1,
         "tolerances": Tolerances(outputs=1e-4, outputs_other_pixels=0.05),
         "latency_budget_ms": None,

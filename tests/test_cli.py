@@ -213,13 +213,26 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 def test_help_is_the_pipeline_in_order(tmp_path: Path) -> None:
     text = edgekit("--help", cwd=tmp_path).stdout
-    names = ["demo", "init", "finetune", "evaluate", "export", "bundle", "run", "targets", "backbones", "doctor"]
+    names = [
+        "demo",
+        "init",
+        "finetune",
+        "evaluate",
+        "export",
+        "verify",
+        "bundle",
+        "run",
+        "targets",
+        "backbones",
+        "doctor",
+    ]
     rows = [re.match(r"^ +(\w+) {2,}\w", line) for line in text[text.index("Commands") :].splitlines()]
     assert [row[1] for row in rows if row and row[1] in names] == names
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "init", "finetune", "evaluate", "export", "bundle", "run", "targets", "backbones", "doctor"]
+    "command",
+    ["demo", "init", "finetune", "evaluate", "export", "verify", "bundle", "run", "targets", "backbones", "doctor"],
 )
 def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     answer = edgekit(command, "--help", cwd=tmp_path)

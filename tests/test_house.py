@@ -24,7 +24,7 @@ NOUNS = {
     "report",
     "targets",
 }
-STAGES = {"finetune", "evaluate", "export", "bundle"}
+STAGES = {"finetune", "evaluate", "export", "verify", "bundle"}
 TASKS = {"tasks", "tasks.classify"}
 
 # What each module may import from edgekit, beside itself. "" is edgekit/__init__.py (the version).
@@ -41,7 +41,7 @@ ALLOWED = {
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
     "pictures": RECORDS,
-    "report": RECORDS | {"artifacts", "backbones", "datasets", "pictures"},
+    "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures"},
     "demo": RECORDS | {"artifacts"},
     "doctor": RECORDS | {""},
     "tasks": RECORDS | NOUNS | TASKS,

@@ -7,7 +7,9 @@ import sys
 import venv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import bundles
 import cv2
 import numpy as np
 import onnx
@@ -17,7 +19,7 @@ import pytest
 
 from edgekit import runner
 from edgekit.errors import ParityError, SetupError
-from edgekit.parity import OpenCV, Verdict, compare, describe, find_opencv, require
+from edgekit.parity import OpenCV, Verdict, compare, compare_files, describe, find_opencv, is_proved, require
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.standard_normal((3, 3, 6, 6)).astype(np.float32)
@@ -292,7 +294,7 @@ DEAD = Verdict("onnxruntime", "1.22.0", "raised", None, "no kernel", "")
 
 
 def test_require_names_every_failure_and_what_to_do() -> None:
-    require([OK, OK])
+    require([OK, replace(DEAD, status="ok")])
     with pytest.raises(ParityError) as caught:
         require([OK, BAD, DEAD])
     assert caught.value.exit_code == 1
@@ -303,6 +305,69 @@ def test_require_names_every_failure_and_what_to_do() -> None:
         "ONNX Runtime 1.22.0: raised, no kernel. "
         "Choose another backbone (`edgekit backbones`), or report it with these figures"
     )
+
+
+def test_one_right_engine_is_enough_beside_onnx_runtime() -> None:
+    ort = replace(DEAD, status="ok")
+    require([ort, BAD, OK])
+    for verdicts in ([ort], [OK], [OK, BAD], [ort, BAD], [DEAD, OK]):
+        assert not is_proved(verdicts)
+        with pytest.raises(ParityError):
+            require(verdicts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From image files
+
+
+@pytest.fixture
+def from_files(tmp_path: Path) -> dict[str, Any]:
+    """The arguments of compare_files, for a small network and four photos."""
+    folder = bundles.write_bundle(tmp_path)
+    rows = json.loads((folder / "check" / "expected.json").read_text(encoding="utf-8"))["images"]
+    (tmp_path / "spec.json").write_text(json.dumps(bundles.SPEC.to_dict()), encoding="utf-8")
+    return {
+        "model": folder / "model.onnx",
+        "spec": tmp_path / "spec.json",
+        "images": [folder / "check" / row["file"] for row in rows],
+        "pixels_sha256": [row["pixels_sha256"] for row in rows],
+        "expected": {"logits": np.concatenate([np.array(row["outputs"]["logits"], np.float32) for row in rows])},
+        "tolerance": 1e-4,
+        "tolerance_other_pixels": 0.05,
+    }
+
+
+HERE = [Verdict(engine, cv2.__version__, "ok", 1e-7, "", "") for engine in OPENCV]
+
+
+def test_from_files_the_same_outputs(from_files: dict[str, Any]) -> None:
+    ort, broken = replace(DEAD, status="ok"), replace(HERE[0], status="died")
+    first, *proved, last = compare_files([ort, *HERE, broken], **from_files)
+    assert (first, last) == (ort, broken), "what is no engine of OpenCV, or failed already, is left alone"
+    for before, verdict in zip(HERE, proved, strict=True):
+        assert verdict.end_to_end_error is not None and verdict.best_ms is not None
+        assert 0 <= verdict.end_to_end_error < 1e-5 and 0 < verdict.best_ms < 1000
+        assert replace(verdict, end_to_end_error=None, best_ms=None) == before
+
+
+@pytest.mark.parametrize(("same_pixels", "status"), [(True, "wrong"), (False, "ok")])
+def test_other_pixels_have_their_own_tolerance(from_files: dict[str, Any], same_pixels: bool, status: str) -> None:
+    logits = from_files["expected"]["logits"]
+    logits[2, 0] += 0.01 * np.abs(logits[2]).max()
+    if not same_pixels:
+        from_files["pixels_sha256"][2] = "0" * 64
+    (verdict,) = compare_files(HERE[:1], **from_files)
+    assert verdict.status == status
+    assert verdict.end_to_end_error == pytest.approx(0.01, rel=0.02)
+    if status == "wrong":
+        name = from_files["images"][2].name
+        assert verdict.message == f"from {name}, the same pixels: differs by 0.01; at most 0.0001 is allowed"
+
+
+def test_an_image_that_cannot_be_read_there(from_files: dict[str, Any]) -> None:
+    from_files["images"][1].write_bytes(b"no image")
+    (verdict,) = compare_files(HERE[:1], **from_files)
+    assert (verdict.status, verdict.message) == ("raised", "from image files: not an image that OpenCV can decode")
 
 
 def test_describe() -> None:

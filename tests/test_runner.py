@@ -581,12 +581,41 @@ def test_no_bundle_is_refused(tmp_path: Path) -> None:
         runner.read_manifest(tmp_path)
 
 
-def test_the_proved_engine_is_the_first_of_this_opencv() -> None:
-    here = cv2.__version__
-    rows = [{"opencv": "3.4.1", "engine": "old"}, {"opencv": here, "engine": "b"}, {"opencv": here, "engine": "a"}]
-    assert runner.proved_engine({"proved": rows}) == "b"
-    assert runner.proved_engine({"proved": rows[:1]}) is None
-    assert runner.proved_engine({"proved": [{"opencv": f"{here}-pre", "engine": "c"}]}) == "c"
+HERE = cv2.__version__
+ROWS = [{"opencv": "3.4.1", "engine": "old"}, {"opencv": HERE, "engine": "b"}, {"opencv": f"{HERE}-pre", "engine": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("proved", "refused", "asked", "chosen"),
+    [
+        (ROWS, [], "auto", "b"),  # the first of this OpenCV
+        (ROWS[2:], [], "auto", "a"),
+        (ROWS[:1], [], "auto", "auto"),  # proved with none: OpenCV's own choice
+        (ROWS, [], "a", "a"),
+        (ROWS, [], "unproved", "unproved"),
+        (ROWS[1:2], ROWS[2:], "auto", "b"),
+        ([], ROWS[:1], "auto", "auto"),  # refused on another OpenCV only
+        ([], ROWS[:1], "old", "old"),
+    ],
+)
+def test_the_engine_is_the_fastest_that_was_proved_here(
+    proved: list[dict[str, str]], refused: list[dict[str, str]], asked: str, chosen: str
+) -> None:
+    assert runner.choose_engine({"proved": proved, "refused": refused}, asked) == chosen
+
+
+@pytest.mark.parametrize(("proved", "asked"), [(ROWS[:1], "auto"), (ROWS[:2], "a"), (ROWS, "a")])
+def test_an_engine_that_was_found_wrong_is_not_opened(proved: list[dict[str, str]], asked: str) -> None:
+    message = rf"OpenCV {HERE} does not compute .* \(engine: a\)\. Install .*3\.4\.1 \(old\)"
+    with pytest.raises(RunnerError, match=message):
+        runner.choose_engine({"proved": proved, "refused": ROWS[2:]}, asked)
+
+
+@pytest.mark.parametrize("engine", runner.engines())
+def test_a_model_opens_the_engine_that_is_asked_for(built: Path, engine: str) -> None:
+    model = runner.Model(built, engine=engine)
+    assert model.session.engine == model.conditions()["engine"] == engine
+    assert model.conditions()["proved_on_this_opencv"]
 
 
 def test_the_python_api_answers_as_the_network_that_was_built(built: Path) -> None:
@@ -1048,6 +1077,7 @@ def test_forward_gives_the_raw_outputs(built: Path, tmp_path: Path, capsys: pyte
     engine = runner.engines()[-1]
     assert runner.main([*command, "--engine", engine, "--output", str(tmp_path / "y.npz")]) == 0
     said = json.loads(capsys.readouterr().out)
+    assert 0 < said.pop("best_ms") < 1000
     assert said == {"opencv": cv2.__version__, "engine": engine, "outputs": ["logits"]}
     session = runner.Session(built / "model.onnx", engine)
     with np.load(tmp_path / "y.npz") as arrays:
@@ -1078,3 +1108,25 @@ def test_a_list_of_names_that_are_not_utf8_gives_those_files(tmp_path: Path) -> 
     (source,) = runner._read_list(str(tmp_path / "list.txt"))
     assert source == name
     assert [frame.error for frame in runner.frames([source])] == [""]
+
+
+def test_forward_prepares_images_as_the_spec_says(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps(runner.read_manifest(built)["spec"]), encoding="utf-8")
+    rows = expected_rows(built)
+    images = [str(built / "check" / row["file"]) for row in rows]
+    command = ["forward", "--model", str(built / "model.onnx"), "--output", str(tmp_path / "y.npz")]
+    command += ["--spec", str(tmp_path / "spec.json"), "--images", *images]
+    assert runner.main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["pixels_sha256"] == [row["pixels_sha256"] for row in rows]
+    assert 0 < said["best_ms"] < 1000
+    outputs = np.load(tmp_path / "y.npz")["logits"]
+    expected = np.concatenate([row["outputs"]["logits"] for row in rows])
+    assert outputs == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    (tmp_path / "spec.json").write_text("{}", encoding="utf-8")
+    assert runner.main(command) == 2
+    (tmp_path / "spec.json").unlink()
+    assert runner.main(command) == 2
+    assert "cannot read" in capsys.readouterr().err
