@@ -188,6 +188,14 @@ def read_proof(run: RunFolder) -> dict[str, Any]:
     return proof
 
 
+def is_exported(run: RunFolder, engine: str) -> bool:
+    """Is there a model.onnx, made fast for this engine, with its proof?"""
+    try:
+        return bool(read_proof(run).get("tuned_for") == engine)
+    except ArtifactError:
+        return False
+
+
 def unused_name(folder: Path, name: str) -> Path:
     """folder/name, or folder/name-2, -3, … where that exists: a run is never overwritten."""
     candidate, count = folder / name, 1

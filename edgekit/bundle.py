@@ -61,6 +61,11 @@ def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
     proof = read_proof(folder)
     if proof.get("ok") is not True:  # an export on another OpenCV, after this model.onnx was made
         raise ArtifactError(f"the last export found {folder.onnx} wrong: see {folder.parity}, and export it again")
+    if proof.get("tuned_for") != target.engine:
+        raise ArtifactError(
+            f"{folder.onnx} was not made for the {target.engine} engine, which {target.name} is to run: "
+            f"run `edgekit export {folder.path} --engine {target.engine}` first"
+        )
     requirements = _requirements(target, proof)
     path = dist / f"{folder.name}-{target.name}"
     with replacing_folder(path) as temporary:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,9 +19,12 @@ from edgekit import __version__
 from edgekit.errors import ArtifactError, EdgekitError, UsageError
 
 if TYPE_CHECKING:
+    from edgekit.backbones import Backbone
     from edgekit.datasets import Dataset
+    from edgekit.lowering import Engine
     from edgekit.pipeline import Outcome
     from edgekit.recipe import Recipe
+    from edgekit.timing import Timing
 
 app = typer.Typer(
     name="edgekit",
@@ -282,7 +285,13 @@ def evaluate(
 
 
 @app.command()
-def export(run: Run, as_json: AsJson = False) -> None:
+def export(
+    run: Run,
+    engine: Annotated[
+        str, typer.Option(help="Make it fast for this engine: new (OpenCV 5.0's) or classic (4.x).")
+    ] = "new",
+    as_json: AsJson = False,
+) -> None:
     """Write model.onnx, proved against torch.
 
     The proof goes through ONNX Runtime and every engine of the OpenCV here, on real images. Exit code 1, and no
@@ -291,13 +300,15 @@ def export(run: Run, as_json: AsJson = False) -> None:
     from edgekit.artifacts import open_run
 
     open_run(run)
+    if engine not in ("new", "classic"):
+        raise UsageError(f"no engine named {engine!r}: give new or classic")
     from edgekit.progress import display
 
     with display() as show:
         show.busy(LOADING)
         from edgekit.export import export as stage
 
-        done = stage(run, progress=show.stage)
+        done = stage(run, cast("Engine", engine), progress=show.busy)
     if as_json:
         _print_json(
             {"model": done.model, "sha256": done.sha256, "size_bytes": done.size_bytes, "proofs": done.verdicts}
@@ -354,10 +365,11 @@ def bundle(
 
     Makes dist/NAME-TARGET/ and .tar.gz. Exports first where that was not done.
     """
-    from edgekit.artifacts import open_run
+    from edgekit.artifacts import is_exported, open_run
     from edgekit.targets import read_target
 
-    chosen, folder = read_target(target), open_run(run)
+    folder = open_run(run)
+    chosen = read_target(target)
     from edgekit.progress import display
 
     with display() as show:
@@ -367,9 +379,9 @@ def bundle(
         from edgekit.verify import unproved
         from edgekit.verify import verify as verify_stage
 
-        if not folder.onnx.is_file():
+        if not is_exported(folder, chosen.engine):
             show.stage("export")
-            export_stage(run, progress=show.stage)
+            export_stage(run, chosen.engine, progress=show.busy)
         missing = unproved(run, chosen.prove_on)
         if missing:
             show.stage("verify")
@@ -434,20 +446,69 @@ def targets(
 
 
 @app.command()
-def backbones(as_json: AsJson = False) -> None:
-    """Show the recommended backbones.
+def backbones(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Show these: any of timm or torchvision.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also those that are judged but not recommended.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure the latency of each here.")] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0, max=600, help="How long each is measured. Its export takes some more.")
+    ] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what helps to choose a backbone; measure it here.
 
-    Any classification network of timm or torchvision works by name.
+    Size, work for one image, ImageNet accuracy, the OpenCVs on which cv2.dnn was proved to compute what torch does,
+    and the weights' licence, which your product must respect. Without NAME: the recommended ones, from light to heavy.
+
+    --measure adds the median time for one image through the fastest engine of the OpenCV here, without reading and
+    resizing the image. Choose the most accurate one that is fast enough on the device; where none is, make the
+    images smaller (finetune --image-size).
     """
-    from edgekit.backbones import BACKBONES
+    if names and everything:
+        raise UsageError("--all shows every backbone that edgekit judges: give it or names, not both")
+    from edgekit.backbones import BACKBONES, LISTED, find
 
+    rows = list((LISTED if everything else BACKBONES).values())
+    timings: dict[str, Timing] = {}
+    if names or measure:
+        from edgekit.progress import display
+
+        with display() as show:
+            show.busy(LOADING)
+            if names:
+                rows = list({row.name: row for row in map(find, names)}.values())
+            if measure:
+                from edgekit.timing import time_backbones
+
+                timings = time_backbones(rows, seconds, lambda done, total: show.images("measuring", done, total))
     if as_json:
-        _print_json([{"name": name, "recommended": True, **vars(row)} for name, row in BACKBONES.items()])
-        return
+        _print_json([_backbone_json(row, timings.get(row.name)) for row in rows])
+    else:
+        _print_backbones(rows, timings)
+
+
+def _backbone_json(row: Backbone, timing: Timing | None) -> dict[str, Any]:
+    """A row for programs; `top1` in percent, `latency` null where it was not measured."""
+    fields = vars(row).copy()
+    top1 = {"top1": fields.pop("imagenet_top1"), "top1_source": fields.pop("imagenet_top1_source")}
+    return {**fields, **top1, "latency": timing}
+
+
+def _print_backbones(rows: list[Backbone], timings: dict[str, Timing]) -> None:
+    from rich.console import Console
+
     from edgekit import report
 
-    _print_table(report.backbones_table(BACKBONES))
-    typer.echo("Others by name: timm:NAME or torchvision:NAME.")
+    _print_table(report.backbones_table(rows, timings, Console().width))
+    ran = next((timing for timing in timings.values() if timing.median_ms is not None), None)
+    if ran:
+        typer.echo(f"latency: median, OpenCV {ran.opencv}, its fastest engine, {ran.threads} threads, {ran.cpu}")
+    for name, timing in timings.items():
+        if timing.failure:
+            typer.echo(f"{name} failed: {timing.failure}")
+    typer.echo("Any other works too, by name: timm:NAME or torchvision:NAME.")
 
 
 @app.command()

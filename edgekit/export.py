@@ -20,7 +20,7 @@ import torch
 from edgekit import parity, runner, tasks
 from edgekit.artifacts import RunFolder, open_run, replacing, write_json
 from edgekit.errors import ArtifactError, ParityError
-from edgekit.lowering import lower
+from edgekit.lowering import Engine, lower
 from edgekit.lowering.from_torch import from_torch
 
 CHECK_IMAGES = 8  # at most; one forward pass an engine and image
@@ -36,15 +36,17 @@ class Exported:
     verdicts: tuple[parity.Verdict, ...]
 
 
-def export(run: Path, progress: Callable[[str], None] | None = None) -> Exported:
+def export(run: Path, engine: Engine = "new", progress: Callable[[str], None] | None = None) -> Exported:
     """Writes a run's model.onnx: float32 image (1, 3, h, w) → float32 logits (1, C), weights inside, fixed shapes.
 
     It is compared with the trained network, on the run's check images, through ONNX Runtime and each engine of the
     OpenCV here; parity.json gets the figures. The same weights give the same bytes.
 
-    progress is told what is being done. Raises ArtifactError for a run that is damaged, ConfigError for a network
-    that torch cannot export, and ParityError where an engine computes something else;
-    a model.onnx of an earlier export is then left as it was.
+    engine: the one that the model is made fast for; it is right in all. progress is told what is being done.
+
+    Raises ArtifactError for a run that is damaged, ConfigError for a network that torch cannot export, and ParityError
+    where ONNX Runtime or every engine of OpenCV computes something else; a model.onnx of an earlier export is then
+    left as it was.
     """
     say = progress or (lambda _: None)
     folder = open_run(run)
@@ -55,7 +57,7 @@ def export(run: Path, progress: Callable[[str], None] | None = None) -> Exported
     if not all(np.isfinite(array).all() for array in expected.values()):
         raise ParityError(f"{folder.weights} gives NaN or infinite outputs: train it again, with a lower learning_rate")
     say(f"exporting {recipe.model.backbone} to ONNX")
-    model = lower(from_torch(module, blobs.shape[2:], tuple(expected)))
+    model = lower(from_torch(module, blobs.shape[2:], tuple(expected)), engine)
     onnx.checker.check_model(model, full_check=True)
     with replacing(folder.onnx) as temporary:
         # deterministic: the same weights must give the same file, byte for byte
@@ -63,7 +65,8 @@ def export(run: Path, progress: Callable[[str], None] | None = None) -> Exported
         say(f"comparing with torch on {len(blobs)} images, engine by engine")
         verdicts = parity.compare(temporary, blobs, expected, tolerance=recipe.export.tolerance)
         sha256, size_bytes = runner.file_sha256(temporary), temporary.stat().st_size
-        write_json(folder.parity, _record(verdicts, recipe.export.tolerance, len(blobs), sha256, size_bytes))
+        record = _record(verdicts, recipe.export.tolerance, len(blobs), sha256, size_bytes)
+        write_json(folder.parity, {**record, "tuned_for": engine})
         parity.require(verdicts)
     return Exported(folder.onnx, sha256, size_bytes, verdicts)
 

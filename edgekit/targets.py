@@ -34,8 +34,8 @@ class Target(BaseModel):
         description="Machine names as `uname -m` or Windows gives them."
     )
     backend: Literal["opencv/cpu"] = Field("opencv/cpu", description="cv2.dnn's backend/target pair, never mixed.")
-    engine: Literal["auto", "classic", "new"] = Field(
-        "auto", description="auto: the one that the OpenCV there prefers."
+    engine: Literal["classic", "new"] = Field(
+        "new", description="The engine that the model is made fast for: classic (OpenCV 4.x) or new (5.0's own)."
     )
     precision: Literal["fp32"] = Field("fp32", description="The model variant that this target gets.")
     opencv: Range = Field(description='OpenCV versions that may be installed there, such as ">=4.5.4,<5.1".')

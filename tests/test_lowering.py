@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekit import parity, runner
-from edgekit.errors import ArtifactError
-from edgekit.lowering import REWRITES, lower
+from edgekit.environments import opencv_python
+from edgekit.errors import ArtifactError, SetupError
+from edgekit.lowering import REWRITES, TUNING, lower
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.standard_normal((2, 3, 6, 8)).astype(np.float32)
@@ -57,6 +58,10 @@ WEIGHTS = {
     "sqrt2": np.array(2**0.5, np.float32),
     "one": np.array(1, np.float32),
     "half": np.array(0.5, np.float32),
+    "zero": np.array(0, np.float32),
+    "minus": np.array(-1, np.float32),
+    "six": np.array(6, np.float32),
+    "fc": RANDOM.standard_normal((5, 4)).astype(np.float32),
 }
 
 
@@ -79,12 +84,20 @@ def run(model: onnx.ModelProto) -> np.ndarray:
     return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in IMAGES])
 
 
-def statuses(model: onnx.ModelProto, folder: Path) -> dict[str, str]:
-    """Engine → status, against ONNX Runtime."""
+def statuses(model: onnx.ModelProto, folder: Path, opencv: str = "") -> dict[str, str]:
+    """Engine → status, against ONNX Runtime; on the OpenCV here, or in an environment with another one."""
     path = folder / "model.onnx"
     onnx.save(model, path)
-    verdicts = parity.compare(path, IMAGES, {"logits": run(model)}, tolerance=1e-4)
+    python = environment(opencv) if opencv else None
+    verdicts = parity.compare(path, IMAGES, {"logits": run(model)}, tolerance=1e-4, python=python)
     return {verdict.engine: verdict.status for verdict in verdicts}
+
+
+def environment(opencv: str) -> Path:
+    try:
+        return opencv_python(opencv)
+    except SetupError as error:
+        pytest.skip(str(error))
 
 
 def everywhere(status: str) -> dict[str, str]:
@@ -121,9 +134,171 @@ def test_lower_removes_the_constants_that_nothing_reads_any_more() -> None:
 
 
 def test_every_rewrite_says_what_it_is_for() -> None:
-    for rewrite in REWRITES:
+    for rewrite in (*REWRITES, *(rewrite for rewrites in TUNING.values() for rewrite in rewrites)):
         text = __import__(rewrite.__module__, fromlist=["rewrite"]).__doc__
         assert all(f"\n{word}" in text for word in ("Fault:", "Seen on:", "Issue")), rewrite.__module__
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Faults that the OpenCV here need not have: without the rewrite, and with it, on one that has
+
+
+CONV = "logits = Conv(image, w)"
+RELU6 = """
+    [stem] c = Conv<kernel_shape=[3, 3]>(image, w)
+    [relu6] r = Clip(c, zero, six)
+    [head] logits = Conv<kernel_shape=[1, 1]>(r, v)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "opencv", "fault"),
+    [
+        (SQUEEZE_EXCITE, "4.6", "raised"),
+        (SQUEEZE_EXCITE, "4.10", "wrong"),
+        (SQUEEZE_EXCITE, "4.14", "wrong"),
+        (GELU, "4.10", "died"),
+        (GELU, "4.14", "died"),
+        (CONV, "4.6", "raised"),
+        (CONV, "4.10", "raised"),
+        (RELU6, "4.6", "raised"),
+    ],
+)
+def test_the_fault_is_there_and_is_cured(body: str, opencv: str, fault: str, tmp_path: Path) -> None:
+    model = make(body, "1, 4, 4, 6" if body in (CONV, RELU6) else "1, 4, 6, 8")
+    right = {"onnxruntime": "ok", "opencv-classic": "ok"}
+    assert statuses(model, tmp_path, opencv) == {**right, "opencv-classic": fault}
+    assert statuses(lower(model), tmp_path, opencv) == right
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# constants
+
+
+TABLE = """
+    t = Conv<kernel_shape=[3, 3], pads=[1, 1, 1, 1]>(table, w)
+    c = Conv<kernel_shape=[3, 3], pads=[1, 1, 1, 1]>(image, w)
+    logits = Add(c, t)
+"""
+
+
+def test_what_does_not_depend_on_the_image_is_computed_once(tmp_path: Path) -> None:
+    model = make(TABLE, table=np.linspace(-1, 1, 144, dtype=np.float32).reshape(1, 3, 6, 8))
+    assert set(statuses(model, tmp_path).values()) == {"ok", "raised"}
+    lowered = lower(model)
+    assert ops(lowered) == ["Conv", "Add"]
+    np.testing.assert_allclose(run(lowered), run(model), rtol=1e-5, atol=1e-5)
+    assert statuses(lowered, tmp_path) == everywhere("ok")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# average_pool
+
+
+def pool(ceil: int, include: int, pads: list[int], stride: int, producer: str) -> onnx.ModelProto:
+    """An average over 3×3; the parser cannot infer the output's shape, so it is taken from ONNX's own inference."""
+    written = (
+        f"ceil_mode={ceil}, count_include_pad={include}, pads={pads}, strides=[{stride}, {stride}], kernel_shape=[3, 3]"
+    )
+    model = make(f"logits = AveragePool<{written}>(image)", "")
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    model.producer_name = producer
+    return onnx.shape_inference.infer_shapes(model)
+
+
+@pytest.mark.parametrize("producer", ["pytorch", ""])
+@pytest.mark.parametrize(
+    ("ceil", "pads", "stride"), [(0, [1] * 4, 1), (0, [1, 0, 1, 2], 2), (1, [1] * 4, 2), (1, [0] * 4, 2)]
+)
+@pytest.mark.parametrize("include", [0, 1])
+def test_average_pool_is_right_whoever_made_the_file(
+    include: int, ceil: int, pads: list[int], stride: int, producer: str, tmp_path: Path
+) -> None:
+    model = pool(ceil, include, pads, stride, producer)
+    lowered = lower(model)
+    assert lowered.producer_name == ""
+    assert ops(lowered) == (["Pad", "AveragePool"] if include and any(pads) else ["AveragePool"])
+    np.testing.assert_allclose(run(lowered), run(model), rtol=1e-5, atol=1e-6)
+    assert statuses(lowered, tmp_path) == everywhere("ok")
+
+
+@pytest.mark.parametrize(("include", "producer"), [(0, "pytorch"), (1, "")])
+def test_the_classic_engine_believes_the_producer_and_not_the_attribute(
+    include: int, producer: str, tmp_path: Path
+) -> None:
+    found = statuses(pool(0, include, [1] * 4, 2, producer), tmp_path)
+    assert found.pop("opencv-classic") == "wrong"
+    assert set(found.values()) == {"ok"}
+
+
+@pytest.mark.skipif(OPENCV_4, reason="OpenCV 4.x has no new engine")
+def test_the_new_engine_counts_what_ceil_mode_adds(tmp_path: Path) -> None:
+    assert statuses(pool(1, 1, [0] * 4, 2, "pytorch"), tmp_path)["opencv-new"] == "wrong"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# relu6
+
+
+HEAD = "[head] logits = Conv<kernel_shape=[1, 1]>(r, v)"
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        HEAD,
+        "p = GlobalAveragePool(r)\n f = Flatten(p)\n logits = Gemm<transB=1>(f, fc)",
+        # the same weights are read by two, one of which takes no ReLU6
+        "e = Conv<kernel_shape=[1, 1]>(c, v)\n h = Conv<kernel_shape=[1, 1]>(r, v)\n logits = Add(e, h)",
+        # two that read one ReLU6
+        "h = Conv<kernel_shape=[1, 1]>(r, v)\n i = Conv<kernel_shape=[1, 1]>(r, v)\n logits = Add(h, i)",
+    ],
+)
+def test_relu6_becomes_hard_sigmoid_and_the_next_layer_takes_the_six(tail: str, tmp_path: Path) -> None:
+    model = make(RELU6.replace(HEAD, tail), "1, 5" if "Gemm" in tail else "1, 4, 4, 6")
+    lowered = lower(model, "new")
+    onnx.checker.check_model(lowered, full_check=True)
+    assert "Clip" not in ops(lowered) and len(ops(lowered)) == len(ops(model))
+    gate = next(node for node in lowered.graph.node if node.op_type == "HardSigmoid")
+    assert attributes(gate) == {"alpha": np.float32(1 / 6), "beta": 0.0}
+    assert gate.name == next(node.name for node in model.graph.node if node.op_type == "Clip")
+    assert run(model).std() > 0.1
+    np.testing.assert_allclose(run(lowered), run(model), rtol=1e-4, atol=1e-4)
+    assert statuses(lowered, tmp_path) == everywhere("ok")
+    assert lower(model, "classic").graph.node[1].op_type == "Clip"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (f"[relu6] r = Clip(c, zero, six)\n    {HEAD}", "logits = Clip(c, zero, six)"),  # the output itself
+        (HEAD, "h = Conv<kernel_shape=[1, 1]>(r, v)\n logits = Add(h, r)"),  # read by a layer that is not linear, too
+        (HEAD, "m = ReduceMax<keepdims=1>(r)\n w2 = Mul(v, m)\n logits = Conv<kernel_shape=[1, 1]>(c, w2)"),
+        ("zero, six", "minus, six"),
+        ("c, zero, six", "c, zero"),
+    ],
+)
+def test_relu6_stays_where_the_six_has_no_place_to_go(old: str, new: str) -> None:
+    model = make(RELU6.replace(old, new), "1, 4, 4, 6")
+    lowered = lower(model, "new")
+    assert ops(lowered) == ops(model)
+    np.testing.assert_array_equal(run(lowered), run(model))
+
+
+@pytest.mark.skipif(OPENCV_4, reason="OpenCV 4.x has no new engine")
+def test_the_new_engine_fuses_hard_sigmoid_and_not_clip(tmp_path: Path) -> None:
+    """Tells when OpenCV fuses Clip: the rewrite is then of no use."""
+
+    def layers(model: onnx.ModelProto) -> tuple[int, int]:
+        onnx.save(model, tmp_path / "model.onnx")
+        net = cv2.dnn.readNetFromONNX(str(tmp_path / "model.onnx"), cv2.dnn.ENGINE_NEW)
+        net.setInput(IMAGES[:1])
+        net.forward()
+        return sum(net.getLayersCount(kind) for kind in ("Clip", "HardSigmoid")), net.getLayersCount("TransformLayout")
+
+    assert layers(lower(make(RELU6, "1, 4, 4, 6"), "classic")) == (1, 3)
+    assert layers(lower(make(RELU6, "1, 4, 4, 6"), "new")) == (0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from shown import HISTORY, HOSTILE, bgr, mistake, solid
 
 from edgekit import pictures, report, runner
 from edgekit.artifacts import RunFolder, write_bytes, write_json, write_text
-from edgekit.backbones import Backbone
+from edgekit.backbones import LISTED, Backbone
 from edgekit.datasets import Dataset, Problem, Sample, write_split
 from edgekit.errors import ArtifactError, ConfigError
 from edgekit.recipe import make_recipe, to_toml
+from edgekit.timing import Timing
 
 NAMES = ("cat", "dog", "newt")
 # 10 images: 4 cats (one taken for a newt), 3 dogs, 3 newts (two taken for dogs)
@@ -189,16 +191,79 @@ def test_demo_table() -> None:
     assert str(table.caption) == "latency: OpenCV 5.0.0, new engine, 2 threads, Some CPU"
 
 
+WIDE, NARROW = 200, 60
+ROWS = [
+    Backbone(
+        "small",
+        1_549_000,
+        24_560_000,
+        (96, 128),
+        "mit",
+        recommended=True,
+        note="tiny",
+        imagenet_top1=57.951,
+        opencv=("4.6", "4.10"),
+    ),
+    Backbone("large", 99_960_000, 4_089_000_000, (224, 224), ""),
+]
+RAN = Timing(12.345, 80, "new", "5.0.0", 2, "A CPU", "")
+FAILED = Timing(None, 0, "", "5.0.0", 0, "A CPU", "new engine: the process ended with signal 11")
+
+
 def test_backbones_table() -> None:
-    rows = {
-        "small": Backbone("small", 1_549_000, 24_500_000, (96, 128), "tiny", "mit"),
-        "large": Backbone("large", 25_000_000, 4_000_000_000, (224, 224), "", "apache-2.0", "a-package"),
-    }
-    assert cells(report.backbones_table(rows)) == [
-        ["backbone", "parameters", "multiply-adds", "input", "weights", "weights' licence", "note"],
-        ["small", "1.5 M", "24 M", "128x96", "hub", "mit", "tiny"],
-        ["large", "25.0 M", "4000 M", "224x224", "in a wheel", "apache-2.0", ""],
+    assert cells(report.backbones_table(ROWS, {}, WIDE)) == [
+        ["backbone", "params", "MACs", "input", "top-1", "OpenCV", "licence", "note"],
+        ["small *", "1.5 M", "24.6 M", "128", "58.0 %", "4.6 4.10", "mit", "tiny"],
+        ["large", "100 M", "4.1 G", "224", "-", "-", "-", ""],
     ]
+
+
+def test_backbones_table_with_latencies() -> None:
+    table = report.backbones_table(ROWS, {"large": FAILED, "small": RAN}, WIDE)
+    assert [row[4:7] for row in cells(table)] == [
+        ["top-1", "latency", "OpenCV"],
+        ["58.0 %", "12.3 ms", "4.6 4.10"],
+        ["-", "failed", "-"],
+    ]
+    assert [cell.style for cell in table.columns[5].cells] == ["", "bold red"]  # type: ignore[union-attr]
+
+
+def test_backbones_table_of_a_narrow_terminal_keeps_what_matters() -> None:
+    assert cells(report.backbones_table(ROWS, {"large": FAILED, "small": RAN}, NARROW))[:2] == [
+        ["backbone", "params", "MACs", "top-1", "latency", "OpenCV", "licence"],
+        ["small *", "1.5 M", "24.6 M", "58.0 %", "12.3 ms", "4.6 4.10", "mit"],
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("timings", [{}, dict.fromkeys(LISTED, RAN)], ids=["", "measured"])
+def test_backbones_table_fits(width: int, timings: dict[str, Timing]) -> None:
+    """No line is wider than the terminal, and no name or figure is broken or cut."""
+    proved = ("4.6", "4.10", "4.14", "5.0")
+    rows = [replace(row, opencv=proved) for row in LISTED.values()]
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(report.backbones_table(rows, timings, width))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    first = [line.split()[0] for line in lines if line[1:2].strip() and line.split()[0] in LISTED]
+    assert first == list(LISTED)
+    assert "…" not in capture.get()
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (1_234_000, "1.2 M"),
+        (99_940_000, "99.9 M"),
+        (99_960_000, "100 M"),
+        (999_400_000, "999 M"),
+        (999_600_000, "1.0 G"),
+        (4_089_184_256, "4.1 G"),
+    ],
+)
+def test_backbones_table_counts_in_millions(count: int, shown: str) -> None:
+    assert report._millions(count) == shown
 
 
 # The page

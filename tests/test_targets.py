@@ -16,7 +16,7 @@ CPU = Target(
     description="x86-64 or arm64 CPU with the stock OpenCV wheels",
     arch=("x86_64", "aarch64", "arm64", "AMD64"),
     backend="opencv/cpu",
-    engine="auto",
+    engine="new",
     precision="fp32",
     opencv=">=4.5.4,<5.1",
     prove_on=("4.14.0.94", "5.0.0.93"),
@@ -96,7 +96,7 @@ def test_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert read_target(str(path)) == expected
     monkeypatch.chdir(tmp_path)
     assert read_target("board.toml") == expected
-    assert (expected.backend, expected.engine, expected.precision) == ("opencv/cpu", "auto", "fp32")
+    assert (expected.backend, expected.engine, expected.precision) == ("opencv/cpu", "new", "fp32")
     assert (expected.python, expected.threads, expected.latency_budget_ms) == (">=3.8", 0, None)
 
 
@@ -151,7 +151,7 @@ def test_every_missing_key_is_named(tmp_path: Path) -> None:
         ("threads = -1", "threads: Input should be greater than or equal to 0, got -1"),
         ("latency_budget_ms = 0", "latency_budget_ms: Input should be greater than 0, got 0"),
         ('backend = "cuda/fp16"', "backend: Input should be 'opencv/cpu', got 'cuda/fp16'"),
-        ('engine = "ort"', "engine: Input should be 'auto', 'classic' or 'new', got 'ort'"),
+        ('engine = "ort"', "engine: Input should be 'classic' or 'new', got 'ort'"),
         ('precision = "int4"', "precision: Input should be 'fp32', got 'int4'"),
         ('python = "3.8"', "python: String should match pattern"),
         ('python = ">=3.8, <4"', "python: String should match pattern"),

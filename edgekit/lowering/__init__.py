@@ -7,31 +7,49 @@ installed: a model is made once and runs on many.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgekit.lowering import gelu, global_average_pool, hard_sigmoid, kernel_shape, static_shapes
+from edgekit.lowering import (
+    average_pool,
+    constants,
+    gelu,
+    global_average_pool,
+    hard_sigmoid,
+    kernel_shape,
+    relu6,
+    static_shapes,
+)
 
-# In this order. static_shapes comes first: it writes down the shapes that the others read.
+Engine = Literal["classic", "new"]
+
+# In this order. The first two come first: they make the constants and shapes that the others read.
 REWRITES: tuple[Callable[[ir.Model], None], ...] = (
+    constants.rewrite,
     static_shapes.rewrite,
+    average_pool.rewrite,
     global_average_pool.rewrite,
     kernel_shape.rewrite,
     hard_sigmoid.rewrite,
     gelu.rewrite,
 )
 
+# What makes one engine faster and the other slower. Both compute the same from either.
+TUNING: Mapping[Engine, tuple[Callable[[ir.Model], None], ...]] = {"classic": (), "new": (relu6.rewrite,)}
 
-def lower(model: onnx.ModelProto) -> onnx.ModelProto:
+
+def lower(model: onnx.ModelProto, engine: Engine = "new") -> onnx.ModelProto:
     """A model that computes the same (to rounding) and that cv2.dnn runs as it should; the argument is not changed.
 
-    Inputs, outputs and node names are kept. Raises ArtifactError where an input or output has no fixed shape.
+    engine: which one it is to be fast in; it is right in both. Inputs, outputs and node names are kept. Raises
+    ArtifactError where an input or output has no fixed shape.
     """
     lowered = ir.from_proto(model)
-    for rewrite in REWRITES:
+    for rewrite in (*REWRITES, *TUNING[engine]):
         rewrite(lowered)
     RemoveUnusedNodesPass()(lowered)  # the constants that a rewritten node no longer reads
     return ir.to_proto(lowered)
