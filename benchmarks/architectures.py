@@ -86,12 +86,13 @@ def shake(model: torch.nn.Module, blobs: np.ndarray) -> None:
     model.eval()
 
 
-def make_model(name: str, folder: Path) -> tuple[dict[Engine, Path], np.ndarray, parity.Arrays]:
+def make_model(name: str, folder: Path, size: int = 0) -> tuple[dict[Engine, Path], np.ndarray, parity.Arrays]:
     """A network by name → its ONNX file as lowered for each engine, two input images and torch's answers."""
     torch.manual_seed(0)
     model = backbones.build(name, CLASSES, pretrained=False, weights=None)
     names = tuple(str(i) for i in range(CLASSES))
-    spec = backbones.default_spec(name, names, input_size=None, resize="crop", interpolation="area")
+    input_size = (size, size) if size else None
+    spec = backbones.default_spec(name, names, input_size=input_size, resize="crop", interpolation="area")
     blobs = photos(spec)
     shake(model, blobs)
     with torch.inference_mode():
@@ -104,9 +105,9 @@ def make_model(name: str, folder: Path) -> tuple[dict[Engine, Path], np.ndarray,
     return paths, blobs, expected
 
 
-def judge(name: str, versions: list[str], folder: Path, plugin: Path | None) -> list[dict[str, Any]]:
+def judge(name: str, versions: list[str], folder: Path, plugin: Path | None, size: int = 0) -> list[dict[str, Any]]:
     """→ a verdict an engine, as dictionaries."""
-    paths, blobs, expected = make_model(name, folder)
+    paths, blobs, expected = make_model(name, folder, size)
     spread = float(expected["logits"].std() / np.abs(expected["logits"]).max())
     assert np.isfinite(expected["logits"]).all() and spread > 1e-2, f"the weights are not sane: {expected}"
     verdicts: list[parity.Verdict] = []
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--opencv", default=OPENCV, help="versions, with commas between them")
     parser.add_argument("--folder", type=Path, default=Path("runs/architectures"), help="models and results go here")
     parser.add_argument("--openvino-plugin", type=Path, help="libopencv_dnn_openvino.so for 4.14.0.94: judges it too")
+    parser.add_argument("--size", type=int, default=0, help="side of the images, pixels; 0: the backbone's own")
     parser.add_argument("--again", action="store_true", help="judge those too that have results already")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +195,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         try:
-            results[name] = judge(name, args.opencv.split(","), args.folder, args.openvino_plugin)
+            results[name] = judge(name, args.opencv.split(","), args.folder, args.openvino_plugin, args.size)
         except (EdgekitError, AssertionError, RuntimeError) as error:
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             continue

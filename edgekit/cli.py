@@ -168,6 +168,7 @@ def finetune(
     image_size: Annotated[int | None, typer.Option(min=32, help="Side of the (square) network input, pixels.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
+    opencv: Annotated[str, typer.Option(help="Refuse a backbone that these cannot run, such as 4.6,4.10.")] = "",
     runs: Runs = Path("runs"),
     skip_bad: SkipBad = False,
     as_json: AsJson = False,
@@ -191,7 +192,8 @@ def finetune(
         ("train", "device"): device,
     }
     given = {key: value for key, value in changes.items() if value not in ("", None)}
-    if resume and (given or recipe):
+    versions = _versions(opencv)
+    if resume and (given or recipe or versions):
         raise UsageError("--resume continues a run as it was begun: give it alone, without DATA or other settings")
     if not (resume or recipe or data):
         raise UsageError("nothing to train on: give DATA (an image folder or CSV), --recipe FILE or --resume RUN")
@@ -210,13 +212,19 @@ def finetune(
             show.busy(LOADING)
             from edgekit.finetune import finetune as stage
 
-            done = stage(chosen, dataset, runs, on_step=show.step, on_epoch=show.epoch)
+            show.busy(f"preparing {chosen.model.backbone}")
+            done = stage(chosen, dataset, runs, opencv=versions, on_step=show.step, on_epoch=show.epoch)
     if as_json:
         _print_json({"run": done.run, "best": vars(done.best), "epochs": len(done.history)})
         return
     early = " (stopped early: nothing better came)" if done.stopped_early else ""
     typer.echo(f"best: top-1 {100 * done.best.val_top1:.2f} % in epoch {done.best.epoch} of {len(done.history)}{early}")
     typer.echo(f"next: edgekit bundle {done.run}")
+
+
+def _versions(text: str) -> tuple[str, ...]:
+    """ "4.10, 5.0" → ("4.10", "5.0")."""
+    return tuple(version.strip() for version in text.split(",") if version.strip())
 
 
 def _plan(file: Path | None, changes: dict[tuple[str, ...], Any], skip_bad: bool) -> tuple[Recipe, Dataset]:
@@ -299,9 +307,9 @@ def export(
     """
     from edgekit.artifacts import open_run
 
-    open_run(run)
     if engine not in ("new", "classic"):
         raise UsageError(f"no engine named {engine!r}: give new or classic")
+    open_run(run)
     from edgekit.progress import display
 
     with display() as show:
@@ -337,8 +345,10 @@ def verify(
     """
     from edgekit.artifacts import open_run
 
+    versions = _versions(opencv)
+    if not versions:
+        raise UsageError("no OpenCV version: give some, such as --opencv 4.10,5.0")
     open_run(run)
-    versions = [version.strip() for version in opencv.split(",") if version.strip()]
     from edgekit.progress import display
 
     with display() as show:
@@ -368,8 +378,8 @@ def bundle(
     from edgekit.artifacts import is_exported, open_run
     from edgekit.targets import read_target
 
-    folder = open_run(run)
     chosen = read_target(target)
+    folder = open_run(run)
     from edgekit.progress import display
 
     with display() as show:

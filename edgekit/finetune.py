@@ -38,6 +38,7 @@ from edgekit.batches import batches
 from edgekit.datasets import Dataset, Sample, missing, read_split, write_split
 from edgekit.doctor import cpu_computes_bfloat16
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
+from edgekit.preflight import preflight
 from edgekit.recipe import Recipe, to_toml
 from edgekit.tasks import TASKS, forward
 
@@ -106,13 +107,15 @@ def finetune(
     dataset: Dataset,
     runs: Path = Path("runs"),
     *,
+    opencv: Sequence[str] = (),
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Finetuned:
     """Trains what the recipe says on the data set and leaves a new run folder under `runs`.
 
     The folder is `recipe.name`, or made from the data's and the backbone's names; an existing one is never
-    overwritten. Raises ConfigError, DataError, SetupError (no weights to be had) or ArtifactError before training;
+    overwritten. opencv: versions on which the network is to run, beside the one here; a backbone that does not is
+    refused. Raises ConfigError, DataError, SetupError (no weights to be had) or ArtifactError before training;
     EdgekitError when the loss stops being a number.
     """
     _fabric(recipe)  # a device that is not there is said before anything is made
@@ -125,6 +128,7 @@ def finetune(
         interpolation=recipe.preprocess.interpolation,
     )
     model = TASKS[recipe.task].build(recipe, dataset.class_names, pretrained=True)
+    preflight(recipe.model.backbone, model, spec, [dataset.train[0].path, dataset.val[0].path], opencv)
     run = _new_run(recipe, dataset, spec, runs)
     return _train(_Job(run, run.read_recipe(), spec, dataset, on_step, on_epoch), model, [], {})
 

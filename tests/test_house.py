@@ -19,6 +19,7 @@ NOUNS = {
     "environments",
     "parity",
     "pictures",
+    "preflight",
     "progress",
     "recipe",
     "report",
@@ -42,6 +43,7 @@ ALLOWED = {
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
     "pictures": RECORDS,
+    "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
     "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
