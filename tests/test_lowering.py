@@ -238,6 +238,49 @@ def test_the_new_engine_counts_what_ceil_mode_adds(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# one_pixel
+
+
+def pixel(window: str, weights: np.ndarray, group: int) -> onnx.ModelProto:
+    """A convolution of the mean of the image, which is one pixel."""
+    body = f"p = GlobalAveragePool(image)\n [taps] logits = Conv<{window}, group={group}>(p, taps)"
+    return make(body, f"1, {len(weights)}, 1, 1", taps=weights)
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        "kernel_shape=[3, 3], pads=[1, 1, 1, 1]",
+        "kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[2, 2]",
+        "kernel_shape=[3, 3], pads=[2, 0, 0, 2]",
+        "kernel_shape=[3, 3], pads=[2, 2, 2, 2], dilations=[2, 2]",
+    ],
+)
+@pytest.mark.parametrize("group", [1, 3])
+def test_one_pixel_keeps_the_tap_that_meets_it(window: str, group: int, tmp_path: Path) -> None:
+    model = pixel(window, WEIGHTS["w"] if group == 1 else WEIGHTS["grouped"], group)
+    lowered = lower(model)
+    assert attributes(lowered.graph.node[-1]) == {"kernel_shape": [1, 1], "group": group}
+    np.testing.assert_allclose(run(lowered), run(model), rtol=1e-5, atol=1e-6)
+    assert statuses(lowered, tmp_path) == everywhere("ok")
+
+
+def test_one_pixel_leaves_larger_maps_alone() -> None:
+    model = make("logits = Conv<kernel_shape=[3, 3], pads=[1, 1, 1, 1]>(image, w)")
+    assert attributes(lower(model).graph.node[0]) == attributes(model.graph.node[0])
+    # from one pixel to nine: every tap counts
+    body = "p = GlobalAveragePool(image)\n logits = Conv<kernel_shape=[3, 3], pads=[2, 2, 2, 2]>(p, w)"
+    assert attributes(lower(make(body, "1, 4, 3, 3")).graph.node[-1])["kernel_shape"] == [3, 3]
+
+
+def test_one_pixel_cures_the_depthwise_convolution(tmp_path: Path) -> None:
+    depthwise = RANDOM.standard_normal((3, 1, 3, 3)).astype(np.float32)
+    model = pixel("kernel_shape=[3, 3], pads=[1, 1, 1, 1]", depthwise, 3)
+    assert statuses(model, tmp_path)["opencv-classic"] == "wrong"
+    assert statuses(lower(model), tmp_path) == everywhere("ok")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # relu6
 
 
@@ -395,8 +438,10 @@ def test_pooling_replaces_the_mean_over_height_and_width_only(axes: list[int], k
     if not shape:
         model.graph.output[0].type.tensor_type.shape.Clear()  # the parser has no notation for a scalar
     lowered = lower(model)
-    pooled = ["GlobalAveragePool"] if keepdims else ["GlobalAveragePool", "Flatten"]
+    pooled = ["AveragePool"] if keepdims else ["AveragePool", "Flatten"]
     assert ops(lowered) == (pooled if {axis % 4 for axis in axes} == {2, 3} else ["ReduceMean"])
+    if ops(lowered) == pooled:
+        assert attributes(lowered.graph.node[0]) == {"kernel_shape": [6, 8]}
     if shape:  # run() joins batches
         np.testing.assert_allclose(run(lowered), run(model), rtol=1e-5, atol=1e-6)
 
@@ -406,6 +451,22 @@ def test_pooling_needs_four_dimensions_and_constant_axes() -> None:
     assert ops(lower(make(body, "1, 3, 1, 1, 1", to=np.array([1, 3, 6, 8, 1])))) == ["Reshape", "ReduceMean"]
     body = "sizes = Shape(image)\n over = Sub(sizes, less)\n logits = ReduceMean(image, over)"
     assert ops(lower(make(body, "1, 3, 1, 1", less=np.array([1, 3, 4, 5]))))[-1] == "ReduceMean"
+
+
+@pytest.mark.skipif(OPENCV_4, reason="OpenCV 4.x has no new engine")
+@pytest.mark.parametrize("pool", ["GlobalAveragePool(c)", "ReduceMean<keepdims=1>(c, axes)"])
+def test_pooling_keeps_the_new_engines_layout(pool: str, tmp_path: Path) -> None:
+    """Tells when OpenCV pools in its blocked layout: the window is then of no use."""
+    body = SQUEEZE_EXCITE.replace("ReduceMean<keepdims=1>(c, axes)", pool).replace(", beta=0.5", "")
+
+    def changes_of_layout(model: onnx.ModelProto) -> int:
+        onnx.save(model, tmp_path / "model.onnx")
+        net = cv2.dnn.readNetFromONNX(str(tmp_path / "model.onnx"), cv2.dnn.ENGINE_NEW)
+        net.setInput(IMAGES[:1])
+        net.forward()
+        return int(net.getLayersCount("TransformLayout"))
+
+    assert changes_of_layout(make(body)) > changes_of_layout(lower(make(body)))
 
 
 @pytest.mark.parametrize("keepdims", [0, 1])

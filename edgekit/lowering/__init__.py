@@ -21,6 +21,7 @@ from edgekit.lowering import (
     global_average_pool,
     hard_sigmoid,
     kernel_shape,
+    one_pixel,
     relu6,
     static_shapes,
 )
@@ -34,6 +35,7 @@ REWRITES: tuple[Callable[[ir.Model], None], ...] = (
     average_pool.rewrite,
     global_average_pool.rewrite,
     kernel_shape.rewrite,
+    one_pixel.rewrite,
     hard_sigmoid.rewrite,
     gelu.rewrite,
 )

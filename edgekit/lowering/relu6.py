@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-SCALE_KEPT = {"GlobalAveragePool", "Flatten", "Reshape", "Identity"}  # f(6 x) = 6 f(x)
+SCALE_KEPT = {"AveragePool", "MaxPool", "GlobalAveragePool", "Flatten", "Reshape", "Identity"}  # f(6 x) = 6 f(x)
 WEIGHT_INPUT = {"Conv": 1, "Gemm": 1}
 
 
