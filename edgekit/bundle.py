@@ -46,6 +46,8 @@ class Bundled:
     archive: Path
     size_bytes: int  # of the archive
     checked: dict[str, Any]  # what `run.py check --json` said
+    proved: tuple[dict[str, str], ...]  # {"opencv", "engine"}, as in the manifest
+    refused: tuple[dict[str, str], ...]  # the same, with a "reason"
 
 
 def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
@@ -80,7 +82,7 @@ def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
         checked = _check(temporary)
     archive = path.with_name(path.name + ".tar.gz")
     write_archive(path, archive)
-    return Bundled(path, archive, archive.stat().st_size, checked)
+    return Bundled(path, archive, archive.stat().st_size, checked, manifest.proved, manifest.refused)
 
 
 def _write_check(folder: RunFolder, check: Path) -> None:

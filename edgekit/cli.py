@@ -395,12 +395,21 @@ def bundle(
         missing = unproved(run, chosen.prove_on)
         if missing:
             show.stage("verify")
-            verify_stage(run, missing, progress=show.busy)
+            verified = verify_stage(run, missing, progress=show.busy)
+            for version in verified.not_proved:
+                typer.echo(f"not proved on OpenCV {version}: {verified.verdicts[version][0].message}", err=True)
         show.stage("bundle")
         done = stage(run, chosen, dist)
     if as_json:
         _print_json(
-            {"bundle": done.path, "archive": done.archive, "size_bytes": done.size_bytes, "check": done.checked}
+            {
+                "bundle": done.path,
+                "archive": done.archive,
+                "size_bytes": done.size_bytes,
+                "check": done.checked,
+                "proved": done.proved,
+                "refused": done.refused,
+            }
         )
         return
     rows = done.checked["images"]
@@ -409,7 +418,18 @@ def bundle(
         f"check passed here: {len(rows)} of {len(rows)} images as trained, "
         f"OpenCV {done.checked['conditions']['opencv']}"
     )
+    typer.echo(f"proved on OpenCV {_listed(done.proved)}")
+    if done.refused:
+        typer.echo(f"refuses OpenCV {_listed(done.refused)}: the network does not compute there what was trained")
     typer.echo(f"next: copy {done.archive.name} to the device, unpack it there, python3 run.py check")
+
+
+def _listed(rows: tuple[dict[str, str], ...]) -> str:
+    """Rows of a manifest's "proved" or "refused" → "4.14.0 (classic), 5.0.0 (new, classic)"."""
+    engines: dict[str, list[str]] = {}
+    for row in rows:
+        engines.setdefault(row["opencv"], []).append(row["engine"])
+    return ", ".join(f"{version} ({', '.join(names)})" for version, names in engines.items())
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -374,6 +374,7 @@ def test_the_flow_by_hand(digits: Path, tmp_path: Path) -> None:
     packed = edgekit("bundle", "runs/d", cwd=tmp_path)
     assert packed.returncode == 0, packed.stderr
     assert "check passed here: 8 of 8 images as trained" in packed.stdout
+    assert re.search(r"^proved on OpenCV .*5\.0\.0 \((new, classic|classic, new)\)", packed.stdout, re.MULTILINE)
     figures = edgekit("evaluate", "runs/d", "--bundle", "dist/d-cpu", "--json", cwd=tmp_path)
     assert figures.returncode == 0, figures.stderr
     assert json.loads(figures.stdout)["columns"]["bundle"]["agreement"] == 1.0

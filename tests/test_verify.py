@@ -12,6 +12,7 @@ from edgekit.artifacts import read_json
 from edgekit.bundle import bundle
 from edgekit.environments import opencv_python
 from edgekit.errors import ArtifactError, ParityError, SetupError
+from edgekit.export import export
 from edgekit.targets import read_target
 from edgekit.verify import Verified, unproved, verify
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def verified(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Verified:
-    """EfficientNet-Lite0: 4.6 cannot read its Clip, 4.14 is right, and there is no 4.99."""
+    """EfficientNet-Lite0, made for the classic engine: 4.6 cannot read its Clip, 4.14 is right, there is no 4.99."""
     try:
         for version in ("4.6", "4.14.0.94"):
             opencv_python(version)
@@ -28,6 +29,7 @@ def verified(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ve
         pytest.skip(str(error))
     run = tmp_path_factory.mktemp("verify") / "digits"
     shutil.copytree(finished_run, run)
+    export(run, "classic")
     return verify(run, ["4.6", "4.14.0.94", "4.99"])
 
 
@@ -45,17 +47,18 @@ def test_each_version_has_its_verdicts(verified: Verified) -> None:
 
 
 def test_the_rows_are_kept_beside_those_of_the_export(verified: Verified, finished_run: Path) -> None:
-    before, after = (read_json(run / "parity.json") for run in (finished_run, verified.run))
-    assert after["verdicts"][: len(before["verdicts"])] == before["verdicts"]
-    added = [(row["engine"], row["version"]) for row in after["verdicts"][len(before["verdicts"]) :]]
-    assert added == [("opencv-classic", "4.6.0"), ("opencv-classic", "4.14.0"), ("opencv", "4.99")]
+    rows = [(row["engine"], row["version"]) for row in read_json(verified.run / "parity.json")["verdicts"]]
+    exported = [(row["engine"], row["version"]) for row in read_json(finished_run / "parity.json")["verdicts"]]
+    added = [("opencv-classic", "4.6.0"), ("opencv-classic", "4.14.0"), ("opencv", "4.99")]
+    assert rows == exported + added
     assert unproved(verified.run, ["4.6.0.66", "4.10.0.84", "4.14.0.94", "5.0.0.93"]) == ("4.10.0.84",)
 
 
 def test_the_bundle_names_what_was_proved_and_what_is_refused(verified: Verified, tmp_path: Path) -> None:
-    target = read_target("cpu").model_copy(update={"prove_on": ("4.6.0.66", "4.14.0.94")})
+    target = read_target("cpu").model_copy(update={"engine": "classic", "prove_on": ("4.6.0.66", "4.14.0.94")})
     built = bundle(verified.run, target, tmp_path)
     manifest = runner.read_manifest(built.path)
+    assert (list(built.proved), list(built.refused)) == (manifest["proved"], manifest["refused"])
     here = "{}.{}.{}".format(*runner.opencv_version())
     assert manifest["proved"] == [
         {"opencv": "4.14.0", "engine": "classic"},
@@ -66,15 +69,21 @@ def test_the_bundle_names_what_was_proved_and_what_is_refused(verified: Verified
     assert requirements == ["numpy", "opencv-python-headless>=4.5.4,<5.1,!=4.6.*"]
 
 
+def test_a_model_that_was_made_for_another_engine_is_not_packed(verified: Verified, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"not made for the new engine, .* run `edgekit export .* --engine new`"):
+        bundle(verified.run, read_target("cpu"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_target_on_which_nothing_is_right_gets_no_bundle(verified: Verified, tmp_path: Path) -> None:
-    target = read_target("cpu").model_copy(update={"prove_on": ("4.6.0.66",)})
+    target = read_target("cpu").model_copy(update={"engine": "classic", "prove_on": ("4.6.0.66",)})
     with pytest.raises(ParityError, match=r"every OpenCV of the target cpu \(4\.6\.0\.66\): choose another backbone"):
         bundle(verified.run, target, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_device_refuses_an_opencv_that_was_found_wrong(verified: Verified, tmp_path: Path) -> None:
-    built = bundle(verified.run, read_target("cpu"), tmp_path)
+    built = bundle(verified.run, read_target("cpu").model_copy(update={"engine": "classic"}), tmp_path)
     command = [str(opencv_python("4.6")), "-I", str(built.path / "run.py"), "check"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 2 and answer.stdout == ""
