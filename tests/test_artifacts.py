@@ -125,6 +125,7 @@ def test_a_manifest_signs_itself() -> None:
         precision="fp32",
         threads=0,
         proved=(),
+        refused=(),
         files={},
         tolerances=Tolerances(outputs=1e-3, outputs_other_pixels=0.05),
         latency_budget_ms=None,
