@@ -211,7 +211,9 @@ def _save_epoch(run: RunFolder, history: list[Epoch], model: torch.nn.Module, op
         write_bytes(run.weights, save(weights))
     tensors = {f"model.{key}": value for key, value in weights.items()}
     for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value).cpu() for key, value in values.items()}
+        # channels_last moments are not contiguous, and safetensors keeps values, not strides
+        kept = {key: torch.as_tensor(value).cpu().contiguous() for key, value in values.items()}
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in kept.items()}
     write_bytes(run.state, save(tensors, {"history": json.dumps([asdict(row) for row in history])}))
     write_text(run.history, _history_csv(history))
 

@@ -82,9 +82,12 @@ def test_frozen_stages_do_not_move_and_the_last_ones_do(digits: Path, tmp_path: 
     assert [(s.epoch, s.step) for s in steps] == [(e, s + 1) for e in (1, 2, 3) for s in range(per_epoch)]
 
 
-def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unfrozen", [0.3, 1.0])  # all: the stem too, whose 3x3 weights are channels_last
+def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(
+    digits: Path, tmp_path: Path, unfrozen: float
+) -> None:
     dataset = read_dataset(digits)
-    whole = finetune(small(digits, "whole"), dataset, tmp_path)
+    whole = finetune(small(digits, "whole", unfrozen_fraction=unfrozen), dataset, tmp_path)
 
     def stop(step: Step) -> None:
         if (step.epoch, step.step) == (3, 2):
@@ -93,7 +96,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(digits: Pa
     with pytest.raises(
         Interrupted, match=r"2 of 3 epochs are kept; continue with `edgekit finetune --resume .*broken`"
     ):
-        finetune(small(digits, "broken"), dataset, tmp_path, on_step=stop)
+        finetune(small(digits, "broken", unfrozen_fraction=unfrozen), dataset, tmp_path, on_step=stop)
     epochs: list[Epoch] = []
     resumed = resume(tmp_path / "broken", on_epoch=epochs.append)
     assert [epoch.epoch for epoch in epochs] == [3]
