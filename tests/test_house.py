@@ -19,6 +19,7 @@ NOUNS = {
     "environments",
     "parity",
     "pictures",
+    "plugin",
     "preflight",
     "progress",
     "recipe",
@@ -43,6 +44,7 @@ ALLOWED = {
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
     "pictures": RECORDS,
+    "plugin": LAYER_0 | {"artifacts", "environments"},
     "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
     "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
     "demo": RECORDS | {"artifacts"},
