@@ -40,6 +40,7 @@ app = typer.Typer(
 
 _DEBUG = "EDGEKIT_DEBUG"
 LOADING = "loading torch"
+NONE = "-"  # a setting that has no value
 
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are.")]
 Dist = Annotated[Path, typer.Option("--dist", help="Where bundles go.")]
@@ -97,9 +98,9 @@ def demo(
 
 def _bundle_json(bundle: Path, *args: str) -> dict[str, Any]:
     """Runs a bundle's own run.py in its own process; its JSON answer."""
-    answer = subprocess.run(
-        [sys.executable, str(bundle / "run.py"), *args], capture_output=True, text=True, check=False
-    )
+    from edgekit.launch import run_py
+
+    answer = subprocess.run(run_py(bundle, *args), capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise ArtifactError(f"run.py {args[0]} failed: {answer.stderr.strip()}")
     result: dict[str, Any] = json.loads(answer.stdout)
@@ -414,10 +415,13 @@ def bundle(
         return
     rows = done.checked["images"]
     typer.echo(f"{done.path} and {done.archive.name} ({done.size_bytes / 1e6:.1f} MB)")
+    here = done.checked["conditions"]
     typer.echo(
-        f"check passed here: {len(rows)} of {len(rows)} images as trained, "
-        f"OpenCV {done.checked['conditions']['opencv']}"
+        f"check passed here: {len(rows)} of {len(rows)} images as trained, OpenCV {here['opencv']}, "
+        f"{here['backend']} ({here['engine']} engine, {here['precision']})"
     )
+    if here["fallback"]:
+        typer.echo(f"not checked on {chosen.backend}: {here['fallback']}. `run.py check` on the device will")
     typer.echo(f"proved on OpenCV {_listed(done.proved)}")
     if done.refused:
         typer.echo(f"refuses OpenCV {_listed(done.refused)}: the network does not compute there what was trained")
@@ -443,36 +447,57 @@ def run(
 
     For example: edgekit run dist/NAME-cpu infer photo.jpg
     """
-    script = bundle / "run.py"
-    if not script.is_file():
+    if not (bundle / "run.py").is_file():
         raise ArtifactError(f"no bundle at {bundle} (it has no run.py): make one with `edgekit bundle RUN`")
+    from edgekit.launch import run_py
+
     try:
-        code = subprocess.run([sys.executable, str(script), *(args or [])], check=False).returncode
+        code = subprocess.run(run_py(bundle, *(args or [])), check=False).returncode
     except KeyboardInterrupt:  # the child had it too, and has ended
         code = 130
     raise typer.Exit(code)
 
 
-@app.command()
-def targets(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Show this one.")] = "",
-    as_json: AsJson = False,
-) -> None:
+targets = typer.Typer(help="Show the devices that bundles are built for.", rich_markup_mode=None)
+app.add_typer(targets, name="targets")
+
+
+@targets.callback(invoke_without_command=True)
+def _list_targets(context: typer.Context, as_json: AsJson = False) -> None:
     """Show the devices that bundles are built for.
 
-    With a NAME, all about that one. `edgekit bundle RUN --target my-board.toml` takes a file of your own.
+    `edgekit targets show NAME` explains one. `edgekit bundle RUN --target my-board.toml` takes a file of your own
+    (docs/targets.md).
     """
+    if context.invoked_subcommand:
+        return
     from edgekit.targets import read_target, target_names
 
-    chosen = [read_target(name)] if name else [read_target(each) for each in target_names()]
+    chosen = [read_target(name) for name in target_names()]
     if as_json:
         _print_json([target.model_dump(mode="json") for target in chosen])
-    elif name:
-        for key, value in chosen[0].model_dump(mode="json").items():
-            typer.echo(f"{key:<18} {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    else:
-        for target in chosen:
-            typer.echo(f"{target.name:<12} {target.description}")
+        return
+    for target in chosen:
+        typer.echo(f"{target.name:<13} {target.backend:<13} {target.description}")
+
+
+@targets.command("show")
+def _show_target(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `edgekit targets`, or a .toml file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Explain one: what each setting is, and what it means."""
+    from edgekit.targets import Target, read_target
+
+    target = read_target(name)
+    if as_json:
+        _print_json(target.model_dump(mode="json"))
+        return
+    for key, value in target.model_dump(mode="json").items():
+        shown = [NONE] if value is None else [str(line) for line in value] if isinstance(value, list) else [str(value)]
+        separator = "\n" + " " * 19 if key in ("install", "requirements") else ", "
+        typer.echo(f"{key:<18} {separator.join(shown)}")
+        typer.echo(f"{'':<18} {Target.model_fields[key].description}\n")
 
 
 @app.command()

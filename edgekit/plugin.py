@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.artifacts import replacing
-from edgekit.environments import cache_folder
+from edgekit.environments import cache_folder, opencv_python
 from edgekit.errors import ArtifactError, SetupError, UsageError
 
 OPENCV = "4.14.0.94"
@@ -74,6 +74,11 @@ def plugin_path(arch: str) -> Path:
     if arch not in ARCHES:
         raise UsageError(f"no OpenVINO plugin for {arch!r}: give --arch {' or '.join(ARCHES)}")
     return cache_folder() / "plugins" / f"openvino-{OPENCV}-{OPENVINO}-{arch}" / FILE_NAME
+
+
+def openvino_python() -> Path:
+    """The interpreter of an environment with the OpenCV and the OpenVINO that the plugin is for. Raises SetupError."""
+    return opencv_python(OPENCV, f"openvino=={OPENVINO}")
 
 
 def read_plugin(path: Path, arch: str) -> PluginFile:

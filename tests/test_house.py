@@ -17,6 +17,7 @@ NOUNS = {
     "demo",
     "doctor",
     "environments",
+    "launch",
     "parity",
     "pictures",
     "plugin",
@@ -41,6 +42,7 @@ ALLOWED = {
     "backbones": RECORDS,
     "artifacts": RECORDS,
     "environments": LAYER_0,
+    "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
     "pictures": RECORDS,
