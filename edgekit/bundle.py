@@ -29,6 +29,7 @@ from edgekit.artifacts import (
     write_json,
     write_text,
 )
+from edgekit.cuda import cpu_operators
 from edgekit.datasets import read_split
 from edgekit.errors import ArtifactError, ParityError
 from edgekit.launch import run_py
@@ -49,6 +50,7 @@ class Bundled:
     checked: dict[str, Any]  # what `run.py check --json` said
     proved: tuple[dict[str, str], ...]  # {"opencv", "engine"}, as in the manifest
     refused: tuple[dict[str, str], ...]  # the same, with a "reason"
+    cpu_operators: dict[str, int]  # for CUDA: what runs on the CPU there, with its number
 
 
 def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
@@ -87,7 +89,8 @@ def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
         checked = _check(temporary)
     archive = path.with_name(path.name + ".tar.gz")
     write_archive(path, archive)
-    return Bundled(path, archive, archive.stat().st_size, checked, manifest.proved, manifest.refused)
+    operators = cpu_operators(folder.onnx) if target.backend.startswith("cuda") else {}
+    return Bundled(path, archive, archive.stat().st_size, checked, manifest.proved, manifest.refused, operators)
 
 
 def _write_check(folder: RunFolder, check: Path) -> None:
@@ -226,8 +229,8 @@ def _readme(folder: RunFolder, target: Target) -> str:
         name=folder.name,
         target=target.name,
         description=target.description,
-        python=target.python,
-        opencv=target.opencv,
+        needs=f"Python {target.python}, numpy{_OTHERS[target.backend]} and OpenCV {target.opencv}",
+        backend=target.backend,
         install=_indented(target.install),
         classes=f"{len(spec.class_names)} ({classes})",
         size=f"{spec.input_size[1]}×{spec.input_size[0]}",
@@ -239,11 +242,19 @@ def _indented(lines: Sequence[str]) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
+_OTHERS = {
+    "opencv/cpu": "",
+    "openvino/cpu": ", openvino",
+    "cuda/fp32": ", CUDA, cuDNN",
+    "cuda/fp16": ", CUDA, cuDNN",
+}
+
 _README = """# {name} for {target}
 
 {description}
 
-Network input {size} px; classes: {classes}. Needs Python {python}, numpy and OpenCV {opencv}; nothing else.
+Network input {size} px; classes: {classes}. Needs {needs}; nothing else. It runs through {backend}: where that is
+missing, `run.py` says so and stops.
 
 ## Install (once)
 
@@ -255,11 +266,13 @@ Network input {size} px; classes: {classes}. Needs Python {python}, numpy and Op
     python3 run.py infer photo.jpg          # a JSON line an image; also folders, globs, videos, rtsp:// URLs
     python3 run.py infer --camera 0         # live; --draw DIR writes pictures with the answers on them
     python3 run.py bench                    # latency here, stage by stage
+    python3 run.py bench --try-targets      # every engine that is here: is it right, and how fast?
     python3 run.py info                     # what this bundle is
 
 From Python: `from run import Model; Model("path/to/this/folder")(image)` with a BGR image, as cv2.imread gives it.
 
-Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input. `run.py` refuses files that are not those that
-were built. `check/` holds {images} images of the validation data, with the trained network's answers: they travel with
-the bundle, so share it only with who may see them.
+Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input, 3 ok on a fallback (`--allow-fallback`).
+
+`run.py` refuses files that are not those that were built. `check/` holds {images} images of the validation data, with
+the trained network's answers: they travel with the bundle, so share it only with who may see them.
 """

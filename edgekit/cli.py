@@ -332,7 +332,7 @@ def export(
 def verify(
     run: Run,
     opencv: Annotated[
-        str, typer.Option(help="Versions, with commas between: 4.10 (the newest of them) or 4.14.0.94.")
+        str, typer.Option(help="Versions, with commas between: 4.10 (the newest of them), 4.14.0.94 or openvino.")
     ] = ("4.6,4.10,4.14,5.0"),
     as_json: AsJson = False,
 ) -> None:
@@ -410,6 +410,7 @@ def bundle(
                 "check": done.checked,
                 "proved": done.proved,
                 "refused": done.refused,
+                "cpu_operators": done.cpu_operators,
             }
         )
         return
@@ -423,6 +424,9 @@ def bundle(
     if here["fallback"]:
         typer.echo(f"not checked on {chosen.backend}: {here['fallback']}. `run.py check` on the device will")
     typer.echo(f"proved on OpenCV {_listed(done.proved)}")
+    if done.cpu_operators:
+        counts = ", ".join(f"{name} ({count})" for name, count in done.cpu_operators.items())
+        typer.echo(f"OpenCV's CUDA has no form of these operators, which run on the CPU there: {counts}")
     if done.refused:
         typer.echo(f"refuses OpenCV {_listed(done.refused)}: the network does not compute there what was trained")
     typer.echo(f"next: copy {done.archive.name} to the device, unpack it there, python3 run.py check")
