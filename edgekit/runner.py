@@ -287,9 +287,12 @@ def _is_here(engine: str) -> bool:
 def why_missing(engine: str, plugin: Path | None = None, threads: int = 0) -> str:
     """ "" where this machine can open an engine, else what is missing. plugin, threads: as Session takes them."""
     if engine in BACKENDS["opencv/cpu"]:
-        return "" if engine in engines() else f"OpenCV {cv2.__version__} has no engine {engine!r}"
+        have = ", ".join(engines())
+        return "" if engine in engines() else f"OpenCV {cv2.__version__} has no engine {engine!r} (it has: {have})"
     if engine == "openvino":
-        reason = _load_openvino(plugin, threads) if plugin else "there is no plugin for it"
+        has_own, reason = _is_built_with_openvino(), "there is no plugin for it"
+        if plugin and not has_own:
+            reason = _load_openvino(plugin, threads)
         return "" if _is_here(engine) else f"OpenCV {cv2.__version__} has no OpenVINO: {reason or 'it took no plugin'}"
     if _is_here(engine):
         return ""
@@ -306,6 +309,11 @@ def why_missing(engine: str, plugin: Path | None = None, threads: int = 0) -> st
 
 PLUGIN_FILE = "libopencv_dnn_openvino.so"
 PRECISION_VARIABLE = "OPENCV_DNN_OPENVINO_PRECISION"  # read by plugins that `edgekit opencv add openvino` builds
+
+
+def _is_built_with_openvino() -> bool:
+    """Whether it is in this OpenCV itself: no plugin is looked at then."""
+    return re.search(r"OpenVINO:\s+YES", cv2.getBuildInformation()) is not None
 
 
 def _load_openvino(plugin: Path, threads: int) -> str:
@@ -340,7 +348,7 @@ def _load_openvino(plugin: Path, threads: int) -> str:
 def _openvino_precision(plugin: Path | None) -> str:
     """What OpenVINO computes a float32 network in. By itself it takes 16 bits on every CPU that has them."""
     asked = "auto"
-    if plugin is not None and PRECISION_VARIABLE.encode() in plugin.read_bytes():
+    if plugin and not _is_built_with_openvino() and PRECISION_VARIABLE.encode() in plugin.read_bytes():
         asked = os.environ.get(PRECISION_VARIABLE, "f32")
     if asked != "auto":
         return {"f32": "fp32", "f16": "fp16"}.get(asked, asked)
@@ -373,7 +381,7 @@ class Session:
             raise RunnerError(f"no engine is called {engine!r} (there are: {', '.join(ENGINES)})")
         missing = "" if engine == "auto" else why_missing(engine, plugin, threads)
         if missing:
-            raise RunnerError(f"{missing} (it has: {', '.join(engines())})")
+            raise RunnerError(missing)
         if threads:
             cv2.setNumThreads(threads)
         try:
