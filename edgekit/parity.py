@@ -109,7 +109,8 @@ def compare(
         verdict = _judge(f"opencv-{engine}", opencv.version, run, expected, tolerance)
         if verdict.status != "ok":
             worst = _worst_sample(run.arrays, expected)
-            found = _first_difference(model, blobs[worst][None], verdict.status, forward, tolerance, timeout_s)
+            limit = _tolerance(run, tolerance)
+            found = _first_difference(model, blobs[worst][None], verdict.status, forward, limit, timeout_s)
             verdict = replace(verdict, first_difference=found)
         verdicts.append(verdict)
     return tuple(verdicts)

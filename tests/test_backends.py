@@ -13,9 +13,14 @@ import cv2
 import pytest
 
 from edgekit import plugin, runner
-from edgekit.environments import opencv_python
+from edgekit.bundle import bundle
+from edgekit.environments import CACHE_VARIABLE, opencv_python
 from edgekit.errors import EdgekitError, SetupError
+from edgekit.evaluate import evaluate
+from edgekit.export import export
 from edgekit.runner import RunnerError
+from edgekit.targets import read_target
+from edgekit.verify import unproved, verify
 
 MACHINE = platform.machine()
 ELSEWHERE = "aarch64" if MACHINE != "aarch64" else "x86_64"
@@ -196,3 +201,54 @@ def test_try_targets_tries_every_engine_and_names_the_fastest_that_is_right(cuda
     *table, last = run(cuda, "bench", "--try-targets", "--seconds", "0.1").stdout.splitlines()
     assert [row.split()[0] for row in table] == ["engine", *runner.ENGINES]
     assert any(last.endswith(f"The fastest that is right: --engine {engine}") for engine in runner.engines())
+
+
+@pytest.mark.slow
+def test_a_run_becomes_bundles_for_openvino(
+    finished_run: Path, plugin_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verified through OpenVINO, bundled with the plugin, checked through it, and as good as torch."""
+    run = shutil.copytree(finished_run, tmp_path / "runs" / "digits")
+    export(run, "classic")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    if not plugin.read_plugin(plugin_file, MACHINE).has_precision:
+        # It would compute in bf16 where the CPU can, which is too coarse for a network that has hardly been trained.
+        monkeypatch.setenv("OV_CPU_MAX_ISA", "AVX512_CORE_VNNI")
+    target = read_target("openvino").model_copy(update={"prove_on": ("openvino",), "arch": (MACHINE,)})
+    with pytest.raises(SetupError, match=r"no OpenVINO plugin .* here: `edgekit opencv add openvino --arch"):
+        bundle(run, target, tmp_path / "dist")
+    assert verify(run, ["openvino"]).not_proved == ("openvino",)
+    plugin.add_openvino(MACHINE, source=plugin_file)
+    verified = verify(run, ["openvino"])
+    if verified.not_proved:
+        pytest.skip(verified.verdicts["openvino"][0].message)
+    (row,) = verified.verdicts["openvino"]
+    assert (row.engine, row.version, row.status) == ("opencv-openvino", "4.14.0", "ok"), row
+    assert unproved(run, ["openvino", "4.14.0.94"]) == ("4.14.0.94",)
+    built = bundle(run, target, tmp_path / "dist")
+    assert (built.path / runner.PLUGIN_FILE).read_bytes() == plugin_file.read_bytes()
+    assert {"opencv": "4.14.0", "engine": "openvino"} in built.proved
+    here = built.checked["conditions"]
+    assert (here["backend"], here["fallback"], here["precision"]) == ("openvino/cpu", "", row.precision)
+    assert "openvino==" in (built.path / "requirements.txt").read_text("utf-8")
+    columns = evaluate(run, built.path).metrics["columns"]
+    # bf16 may move an answer that torch itself was unsure of
+    assert columns["bundle"]["agreement"] == 1 if row.precision == "fp32" else columns["bundle"]["agreement"] > 0.95
+    other = target.model_copy(update={"name": "elsewhere", "arch": (ELSEWHERE,)})
+    with pytest.raises(SetupError, match=f"no OpenVINO plugin for {ELSEWHERE}"):
+        bundle(run, other, tmp_path / "dist")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cuda")
+def test_a_run_becomes_a_cuda_bundle_that_is_checked_without_a_gpu(finished_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "runs" / "digits")
+    export(run, "classic")
+    built = bundle(run, read_target("jetson"), tmp_path / "dist")
+    assert built.cpu_operators == {}
+    assert built.checked["ok"] and built.checked["conditions"]["backend"] == "opencv/cpu"
+    reason = "this bundle is to run through cuda" if MACHINE == "aarch64" else "this bundle is for jetson (aarch64)"
+    assert built.checked["conditions"]["fallback"].startswith(reason)
+    assert not any("cuda" in row["engine"] for row in built.proved)
+    readme = (built.path / "README.md").read_text("utf-8")
+    assert "It runs through cuda/fp32" in readme and "edgekit opencv add cuda --arch 8.7" in readme
