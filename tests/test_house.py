@@ -13,6 +13,7 @@ NOUNS = {
     "artifacts",
     "backbones",
     "batches",
+    "compiling",
     "datasets",
     "demo",
     "doctor",
@@ -44,7 +45,8 @@ ALLOWED = {
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
     "pictures": RECORDS,
-    "plugin": LAYER_0 | {"artifacts", "environments"},
+    "compiling": LAYER_0 | {"environments"},
+    "plugin": LAYER_0 | {"artifacts", "compiling", "environments"},
     "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
     "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
     "demo": RECORDS | {"artifacts"},
