@@ -19,9 +19,12 @@ from edgekit import __version__
 from edgekit.errors import ArtifactError, EdgekitError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from edgekit.backbones import Backbone
     from edgekit.compiling import Plan
     from edgekit.datasets import Dataset
+    from edgekit.doctor import Finding
     from edgekit.lowering import Engine
     from edgekit.pipeline import Outcome
     from edgekit.recipe import Recipe
@@ -554,6 +557,10 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(findings)
         return
+    _print_findings(findings)
+
+
+def _print_findings(findings: Iterable[Finding]) -> None:
     marks = {True: "ok", False: "missing", None: "-"}
     for finding in findings:
         advice = f"  → {finding.advice}" if finding.advice else ""
@@ -602,13 +609,64 @@ def opencv_add_openvino(
     with display() as show:
         path = plugin.add_openvino(arch, source=source, jobs=jobs, progress=show.work)
     found = plugin.read_plugin(path, arch)
-    if found.warning:
-        typer.echo(f"warning: {found.warning}", err=True)
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if as_json:
-        _print_json({**vars(found), "size_bytes": path.stat().st_size, "warning": found.warning})
+        _print_json({**vars(found), "size_bytes": path.stat().st_size, "warnings": found.warnings})
         return
     typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     typer.echo(f"for {arch}, opencv-python-headless=={plugin.OPENCV} with openvino=={plugin.OPENVINO}")
+
+
+@opencv_add.command("cuda")
+def opencv_add_cuda(
+    arch: Annotated[
+        str,
+        typer.Option(help="Compute capability of the GPU (8.6, 9.0), or a board: nano, tx2, xavier, orin."),
+    ],
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an OpenCV wheel with the CUDA backend, on the machine that has CUDA and cuDNN.
+
+    On a Jetson that is the board itself (JetPack brings both; hours), elsewhere a machine with NVIDIA's toolkit. The
+    wheel is for one compute capability and this CUDA; install it in place of any other OpenCV, then ask
+    `edgekit opencv check`.
+    """
+    from edgekit import cuda_wheel
+    from edgekit.progress import display
+
+    compute = cuda_wheel.compute_capability(arch)
+    if dry_run:
+        version, problem = cuda_wheel.version_here(compute)
+        _print_plan(cuda_wheel.plan_cuda(compute, version, jobs), as_json)
+        if problem:
+            typer.echo(f"missing here: {problem}", err=True)
+        return
+    with display() as show:
+        wheel = cuda_wheel.add_cuda(compute, jobs=jobs, progress=show.work)
+    if as_json:
+        _print_json({"wheel": wheel, "size_bytes": wheel.stat().st_size, "compute_capability": compute})
+        return
+    typer.echo(f"{wheel} ({wheel.stat().st_size / 1e6:.1f} MB)")
+    typer.echo(f"next: pip uninstall every other OpenCV, pip install --no-deps {wheel.name}, edgekit opencv check")
+
+
+@opencv_app.command("check")
+def opencv_check(as_json: AsJson = False) -> None:
+    """Say what cv2.dnn can really do here, backend by backend.
+
+    What getAvailableTargets answers, not what the build claims; whether the OpenVINO plugin is loaded, in a process of
+    its own as a bundle's run.py does it; the GPUs; and the command that gets what is missing.
+    """
+    from edgekit.opencv import check
+
+    abilities = check()
+    if as_json:
+        _print_json(abilities)
+        return
+    _print_findings(abilities.findings)
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:

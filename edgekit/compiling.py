@@ -27,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 """(what is being done, how far, of how much; 0 of 0 where that is not known)."""
 
 TOOLS = ("cmake>=3.28,<4", "ninja>=1.11", "pip>=24")  # 4.x drops what OpenCV's look for CUDA needs
-STEP = re.compile(r"^\[(\d+)/(\d+)\]")  # ninja's "[12/497] Building ..."
+STEP = re.compile(r"^\s*\[(\d+)/(\d+)\]")  # ninja's "[12/497] Building ..."
 # OpenCV's options that what edgekit needs of it does without: nothing of them is looked for, fetched or compiled.
 OFF = (
     *("WITH_1394", "WITH_ADE", "WITH_AVIF", "WITH_EIGEN", "WITH_FFMPEG", "WITH_FLATBUFFERS", "WITH_GSTREAMER"),
@@ -55,10 +55,7 @@ class Plan:
 
 def tools() -> Path:
     """The folder of cmake, ninja and python with pip, fetched where they are not in the cache. Raises SetupError."""
-    return environment(TOOLS_NAME, *TOOLS).parent
-
-
-TOOLS_NAME = "build-tools"
+    return environment("build-tools", *TOOLS).parent
 
 
 def need_compiler(program: str, package: str) -> str:
@@ -166,7 +163,7 @@ def run(
 
     Raises SetupError with the output's errors where it fails, Interrupted at Ctrl-C, when the child has ended.
     """
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("a", encoding="utf-8", buffering=1) as file:
         begin = file.tell()
         file.write(f"$ {shlex.join(command)}\n")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "pass_fds": (lock,)}

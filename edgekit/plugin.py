@@ -43,6 +43,10 @@ ENTRY = b"opencv_dnn_plugin_init_v0\0"
 PRECISION_VARIABLE = "OPENCV_DNN_OPENVINO_PRECISION"
 
 
+# What Debian 12, Ubuntu 22.04 and JetPack 6 have. openvino's own wheel needs the same glibc.
+GLIBC, GLIBCXX = (2, 35), (3, 4, 30)
+
+
 @dataclass(frozen=True)
 class PluginFile:
     """What a plugin's own bytes say of it."""
@@ -52,20 +56,26 @@ class PluginFile:
     opencv: str  # "4.14.0"
     openvino: str  # the end of its library's name: "2641" for 2026.4.1
     has_precision: bool  # whether it computes in f32 unless asked otherwise
+    glibc: tuple[int, ...]  # the newest that it needs
+    glibcxx: tuple[int, ...]  # the same of libstdc++
 
     @property
-    def warning(self) -> str:
-        """What to know before it is used; "" where there is nothing."""
-        if self.has_precision:
-            return ""
+    def warnings(self) -> tuple[str, ...]:
+        """What to know before it is used; () where there is nothing."""
         harm = {
             "x86_64": "computes in bf16 by itself where the CPU can",
             "aarch64": "computes in f16, and int8 models wrong, on the cores of a Raspberry Pi 5",
         }[self.arch]
-        return (
+        precision = (
             f"{self.path} has no setting {PRECISION_VARIABLE}: it {harm}. "
             f"`edgekit opencv add openvino --arch {self.arch}` builds one that has"
         )
+        libraries = (
+            f"{self.path} needs glibc {_dotted(self.glibc)} and GLIBCXX_{_dotted(self.glibcxx)}: it is not loaded on "
+            "Debian 12, Ubuntu 22.04 and JetPack 6. Build it on one of those"
+        )
+        new = self.glibc > GLIBC or self.glibcxx > GLIBCXX
+        return (*([] if self.has_precision else [precision]), *([libraries] if new else []))
 
 
 def find_plugin(arch: str) -> Path:
@@ -99,19 +109,19 @@ def read_plugin(path: Path, arch: str) -> PluginFile:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
     found = _elf_arch(data)
     if not found:
-        raise ArtifactError(f"{path} is no 64-bit shared library for Linux: {FILE_NAME} was expected")
+        raise ArtifactError(f"{path} is no whole 64-bit shared library for Linux: {FILE_NAME} was expected")
     if found != arch:
         raise ArtifactError(f"{path} is for {found}, and {arch} was asked for: give --arch {found} or another file")
-    if ENTRY not in data:
-        raise ArtifactError(f"{path} is no plugin of cv2.dnn (it has no {ENTRY[:-1].decode()})")
-    opencv = _first(rb"OpenCV version is '(\d+\.\d+\.\d+)", data)
-    wanted = OPENCV.rpartition(".")[0]
+    openvino = _first(rb"\0libopenvino\.so\.(\d+)\0", data)
+    if ENTRY not in data or not openvino:
+        raise ArtifactError(f"{path} is no OpenVINO plugin of cv2.dnn: {FILE_NAME} was expected")
+    if openvino != openvino_soname():
+        raise ArtifactError(f"{path} needs libopenvino.so.{openvino}, and openvino {OPENVINO} has {openvino_soname()}")
+    opencv, wanted = _first(rb"OpenCV version is '(\d+\.\d+\.\d+)", data), OPENCV.rpartition(".")[0]
     if opencv != wanted:
         raise ArtifactError(f"{path} was made for OpenCV {opencv or 'of an unknown version'}, not {wanted}")
-    openvino = _first(rb"libopenvino\.so\.(\d+)\0", data)
-    if openvino != openvino_soname():
-        raise ArtifactError(f"{path} needs libopenvino.so.{openvino or '?'}, and openvino {OPENVINO} has another")
-    return PluginFile(path, arch, opencv, openvino, f"{PRECISION_VARIABLE}\0".encode() in data)
+    has_precision = f"{PRECISION_VARIABLE}\0".encode() in data
+    return PluginFile(path, arch, opencv, openvino, has_precision, _newest(b"GLIBC", data), _newest(b"GLIBCXX", data))
 
 
 def openvino_soname() -> str:
@@ -121,11 +131,24 @@ def openvino_soname() -> str:
 
 
 def _elf_arch(data: bytes) -> str:
-    """The architecture of a 64-bit little-endian ELF shared object; "" of anything else."""
+    """The architecture of a whole 64-bit little-endian ELF shared object; "" of anything else."""
     if data[:6] != b"\x7fELF\x02\x01" or len(data) < 64 or int.from_bytes(data[16:18], "little") != 3:
+        return ""
+    table, size, count = (int.from_bytes(data[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    if table + size * count > len(data):  # the table of sections stands at the end
         return ""
     machine = int.from_bytes(data[18:20], "little")
     return next((arch for arch, code in ARCHES.items() if code == machine), f"ELF machine {machine}")
+
+
+def _newest(library: bytes, data: bytes) -> tuple[int, ...]:
+    """The newest symbol version of a library among those that the file needs; () where it names none."""
+    found = re.findall(rb"\0" + library + rb"_(\d+(?:\.\d+)*)(?=\0)", data)
+    return max((tuple(map(int, version.split(b"."))) for version in found), default=())
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _first(pattern: bytes, data: bytes) -> str:
@@ -230,7 +253,7 @@ def plan_openvino(arch: str, jobs: int | None = None) -> Plan:
         "OpenVINO_DIR": str(folder / "openvino" / "openvino" / "cmake"),
         **dict.fromkeys((*OFF, *OFF_PLUGIN), "OFF"),
     }
-    if arch != _machine():
+    if arch != machine():
         options["CMAKE_TOOLCHAIN_FILE"] = str(source / "platforms" / "linux" / f"{arch}-gnu.toolchain.cmake")
     return Plan(
         what=f"the OpenVINO plugin for {arch}",
@@ -268,7 +291,7 @@ OFF_PLUGIN = ("WITH_JPEG", "WITH_PNG", "WITH_V4L", "WITH_CUDA", "BUILD_opencv_py
 WHEEL_SIZES = {"x86_64": "57 MB", "aarch64": "30 MB"}
 
 
-def _machine() -> str:
+def machine() -> str:
     """This machine's architecture, as ARCHES spells it."""
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
 
@@ -303,12 +326,12 @@ def _build(plan: Plan, arch: str, progress: Progress) -> None:
 def _need_compiler(arch: str) -> None:
     if platform.system() != "Linux":
         raise SetupError(f"the plugin is built on Linux, and this is {platform.system()}: give --from FILE")
-    if arch == _machine():
+    if arch == machine():
         need_compiler("c++", "g++")
     elif arch == "aarch64":
         need_compiler("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")
     else:
-        raise SetupError(f"a plugin for {arch} is built on such a machine, and this is {_machine()}: give --from FILE")
+        raise SetupError(f"a plugin for {arch} is built on such a machine, and this is {machine()}: give --from FILE")
 
 
 def _check_built(built: Path, arch: str, progress: Progress) -> None:
@@ -318,7 +341,7 @@ def _check_built(built: Path, arch: str, progress: Progress) -> None:
         raise ArtifactError(
             f"{built} lacks its setting {PRECISION_VARIABLE}: remove {built.parents[2]} and build again"
         )
-    if arch == _machine():
+    if arch == machine():
         progress("proving the plugin", 0, 0)
         prove_plugin(built)
 
