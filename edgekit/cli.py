@@ -568,8 +568,9 @@ def _print_findings(findings: Iterable[Finding]) -> None:
 
 
 opencv_app = typer.Typer(
-    help="Give OpenCV a faster backend: OpenVINO for CPUs, CUDA for NVIDIA's boards.\n\n"
-    "The OpenCV that pip installs has neither. `edgekit opencv check` says what the one here can do.",
+    help="Give OpenCV a faster backend: OpenVINO, or CUDA.\n\n"
+    "OpenVINO is for the CPUs of PCs and arm64 boards, CUDA for NVIDIA's GPUs and boards. The OpenCV that pip "
+    "installs has neither. `edgekit opencv check` says what the one here can do.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -628,19 +629,19 @@ def opencv_add_cuda(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build an OpenCV wheel with the CUDA backend, on the machine that has CUDA and cuDNN.
+    """Build an OpenCV wheel with the CUDA backend, where CUDA is.
 
-    On a Jetson that is the board itself (JetPack brings both; hours), elsewhere a machine with NVIDIA's toolkit. The
-    wheel is for one compute capability and this CUDA; install it in place of any other OpenCV, then ask
-    `edgekit opencv check`.
+    It needs CUDA and cuDNN. On a Jetson that is the board itself (JetPack brings both; hours), elsewhere a machine with
+    NVIDIA's toolkit. The wheel is for one compute capability and this CUDA; install it in place of any other OpenCV,
+    then ask `edgekit opencv check`.
     """
     from edgekit import cuda_wheel
     from edgekit.progress import display
 
     compute = cuda_wheel.compute_capability(arch)
     if dry_run:
-        version, problem = cuda_wheel.version_here(compute)
-        _print_plan(cuda_wheel.plan_cuda(compute, version, jobs), as_json)
+        toolkit, problem = cuda_wheel.toolkit_here(compute)
+        _print_plan(cuda_wheel.plan_cuda(compute, toolkit, jobs), as_json)
         if problem:
             typer.echo(f"missing here: {problem}", err=True)
         return

@@ -166,19 +166,26 @@ def run(
     with log.open("a", encoding="utf-8", buffering=1) as file:
         begin = file.tell()
         file.write(f"$ {shlex.join(command)}\n")
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "pass_fds": (lock,)}
-        process = subprocess.Popen(command, env=variables, text=True, errors="replace", **pipes)  # type: ignore[call-overload]
-        try:
-            for line in process.stdout:
-                file.write(line)
-                on_line(line)
-            code = process.wait()
-        except KeyboardInterrupt:
-            raise Interrupted("stopped; what was compiled is kept: the same command goes on from there") from None
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)  # ninja removes what it was writing
-                process.wait()
+        with subprocess.Popen(
+            command,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=(lock,),
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    file.write(line)
+                    on_line(line)
+                code = process.wait()
+            except KeyboardInterrupt:
+                raise Interrupted("stopped; what was compiled is kept: the same command goes on from there") from None
+            finally:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)  # ninja removes what it was writing
     if code:
         said = log.read_bytes()[begin:].decode(errors="replace")
         raise SetupError(f"{Path(command[0]).name} failed, the log is {log}: {_errors(said)}")

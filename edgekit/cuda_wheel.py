@@ -36,6 +36,7 @@ from edgekit.plugin import OPENCV
 
 PACKAGE = "opencv-contrib-python-headless"
 BOARDS = {"nano": "5.3", "tx2": "6.2", "xavier": "7.2", "orin": "8.7"}
+DEFAULT_HOME = Path("/usr/local/cuda")
 MODULES = "core,imgproc,imgcodecs,videoio,dnn,calib3d,python3,cudev"  # without calib3d the packaging fails at the end
 HEADERS = {"cudnn.h": "cuDNN", "cublas_v2.h": "cuBLAS", "nppi.h": "NPP"}
 ON_JETSON = "sudo apt-get install nvidia-jetpack (or: cuda-toolkit and libcudnn with their -dev packages)"
@@ -46,7 +47,7 @@ ELSEWHERE = "install NVIDIA's CUDA toolkit and cuDNN, with their headers, and pu
 class Toolkit:
     """The CUDA of this machine."""
 
-    nvcc: Path
+    home: Path  # the folder that has its include/
     version: tuple[int, int]
     computes: tuple[str, ...]  # that it compiles for, "8.7"; () where it is too old to say
 
@@ -72,7 +73,7 @@ def find_toolkit(compute: str) -> Toolkit:
             f"CUDA {_dotted(toolkit)} does not compile for {compute}, only for {', '.join(toolkit.computes)}: "
             "use the CUDA of the board itself (JetPack 4 has 10.2 for 5.3, JetPack 5 and 6 have 11.4 and 12 for 8.7)"
         )
-    places = _include_folders(nvcc)
+    places = include_folders(toolkit.home)
     missing = [name for header, name in HEADERS.items() if not any((place / header).is_file() for place in places)]
     if missing:
         looked = ", ".join(map(str, places))
@@ -95,31 +96,34 @@ def read_toolkit(nvcc: Path) -> Toolkit:
         raise SetupError(f"{nvcc} does not say its version: is it CUDA's compiler?")
     listed = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
     computes = tuple(f"{code[:-1]}.{code[-1]}" for code in sorted(re.findall(r"compute_(\d+)\b", listed), key=int))
-    return Toolkit(nvcc, (int(release[1]), int(release[2])), computes)
+    own = nvcc.resolve().parent.parent
+    home = own if (own / "include" / "cuda_runtime.h").is_file() else DEFAULT_HOME  # nvcc may be a script elsewhere
+    return Toolkit(home, (int(release[1]), int(release[2])), computes)
 
 
-def _include_folders(nvcc: Path) -> list[Path]:
-    home = nvcc.resolve().parent.parent
+def include_folders(home: Path) -> list[Path]:
+    """Where OpenCV's build would find headers beside a toolkit."""
     multiarch = sysconfig.get_config_var("MULTIARCH") or ""
-    places = [home / "include", Path("/usr/local/cuda/include"), Path("/usr/include"), Path("/usr/include", multiarch)]
+    places = [home / "include", Path("/usr/include"), Path("/usr/include", multiarch)]
     return [place for place in dict.fromkeys(places) if place.is_dir()]
 
 
-def version_here(compute: str) -> tuple[tuple[int, int], str]:
-    """The version of CUDA that a build here would use, and what it would lack; 12.6 (JetPack 6) where there is none."""
+def toolkit_here(compute: str) -> tuple[Toolkit, str]:
+    """The CUDA that a build here would use and what it would lack; JetPack 6's where there is none."""
     try:
-        return find_toolkit(compute).version, ""
+        return find_toolkit(compute), ""
     except SetupError as error:
         nvcc = _nvcc()
-        return read_toolkit(nvcc).version if nvcc else (12, 6), str(error)
+        return read_toolkit(nvcc) if nvcc else Toolkit(DEFAULT_HOME, (12, 6), ()), str(error)
 
 
 def _dotted(toolkit: Toolkit) -> str:
     return ".".join(map(str, toolkit.version))
 
 
-def plan_cuda(compute: str, version: tuple[int, int], jobs: int | None = None) -> Plan:
-    """What a build for a compute capability with this version of CUDA does. Fetches nothing."""
+def plan_cuda(compute: str, toolkit: Toolkit, jobs: int | None = None) -> Plan:
+    """What a build for a compute capability with this CUDA does. Fetches nothing."""
+    version = toolkit.version
     name = f"cuda-{OPENCV}-{compute}-cuda{version[0]}.{version[1]}"
     folder = cache_folder() / "builds" / name
     options = {
@@ -130,6 +134,7 @@ def plan_cuda(compute: str, version: tuple[int, int], jobs: int | None = None) -
         "BUILD_ZLIB": "ON",
         "CUDA_ARCH_BIN": compute,
         "CUDA_ARCH_PTX": "",
+        "CUDA_TOOLKIT_ROOT_DIR": str(toolkit.home),
         "OPENCV_DNN_CUDA": "ON",
         "PYTHON3_LIMITED_API": "ON",
         "WITH_CUBLAS": "ON",
@@ -168,14 +173,15 @@ def add_cuda(compute: str, *, jobs: int | None = None, progress: Progress = lamb
     Raises SetupError where something is missing, Interrupted at Ctrl-C: what was compiled is kept.
     """
     toolkit = find_toolkit(compute)
-    plan = plan_cuda(compute, toolkit.version, jobs)
+    plan = plan_cuda(compute, toolkit, jobs)
     found = next(plan.result.glob("*.whl"), None)
     if found:
         return found
     if platform.system() != "Linux":
         raise SetupError(f"the wheel is built on Linux, and this is {platform.system()}")
     need_compiler("c++", "g++")
-    need_disk(plan.disk_bytes)
+    if not (plan.folder / "source").is_dir():  # else it was begun, and much of it is written already
+        need_disk(plan.disk_bytes)
     with only_one(plan.folder) as lock:
         progress("fetching cmake and ninja", 0, 0)
         tools()

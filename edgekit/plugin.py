@@ -298,7 +298,8 @@ def machine() -> str:
 
 def _build(plan: Plan, arch: str, progress: Progress) -> None:
     _need_compiler(arch)
-    need_disk(plan.disk_bytes)
+    if not (plan.folder / "build").is_dir():  # else most of it is written already
+        need_disk(plan.disk_bytes)
     with only_one(plan.folder) as lock:
         progress("fetching cmake and ninja", 0, 0)
         tools()
