@@ -7,6 +7,7 @@ a folder of the cache, which is removed when it has succeeded and used again whe
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -43,6 +44,7 @@ class Plan:
     """A build, before anything is done: what `--dry-run` shows."""
 
     what: str
+    tools: tuple[str, ...]  # requirements of the environment that it runs in
     folder: Path  # where it works, in the cache
     result: Path
     fetches: tuple[str, ...]
@@ -53,9 +55,10 @@ class Plan:
     disk_bytes: int
 
 
-def tools() -> Path:
-    """The folder of cmake, ninja and python with pip, fetched where they are not in the cache. Raises SetupError."""
-    return environment("build-tools", *TOOLS).parent
+def tools(requirements: tuple[str, ...] = TOOLS) -> Path:
+    """The folder of the programs of an environment with these, made where the cache has none. Raises SetupError."""
+    mark = hashlib.sha256("\n".join(requirements).encode()).hexdigest()[:8]
+    return environment(f"build-tools-{mark}", *requirements).parent
 
 
 def need_compiler(program: str, package: str) -> str:
@@ -138,7 +141,7 @@ def configure_and_compile(plan: Plan, lock: int, progress: Progress) -> None:
     Raises SetupError with the log's errors where one fails, Interrupted at Ctrl-C.
     """
     log = plan.folder / "build.log"
-    variables = {**os.environ, **plan.variables, "PATH": f"{tools()}{os.pathsep}{os.environ.get('PATH', '')}"}
+    variables = {**os.environ, **plan.variables, "PATH": f"{tools(plan.tools)}{os.pathsep}{os.environ.get('PATH', '')}"}
     variables.pop("NINJA_STATUS", None)
     configured, asked = plan.folder / "configured.json", json.dumps([plan.configure, dict(plan.variables)])
     if plan.configure and not (configured.is_file() and configured.read_text(encoding="utf-8") == asked):
@@ -174,6 +177,7 @@ def run(
             text=True,
             errors="replace",
             pass_fds=(lock,),
+            start_new_session=True,  # a group of its own, so that all of it can be stopped: pip waits for its child
         ) as process:
             assert process.stdout is not None
             try:
@@ -185,7 +189,7 @@ def run(
                 raise Interrupted("stopped; what was compiled is kept: the same command goes on from there") from None
             finally:
                 if process.poll() is None:
-                    process.send_signal(signal.SIGINT)  # ninja removes what it was writing
+                    os.killpg(process.pid, signal.SIGINT)  # ninja removes what it was writing
     if code:
         said = log.read_bytes()[begin:].decode(errors="replace")
         raise SetupError(f"{Path(command[0]).name} failed, the log is {log}: {_errors(said)}")

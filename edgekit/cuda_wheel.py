@@ -38,6 +38,12 @@ PACKAGE = "opencv-contrib-python-headless"
 BOARDS = {"nano": "5.3", "tx2": "6.2", "xavier": "7.2", "orin": "8.7"}
 DEFAULT_HOME = Path("/usr/local/cuda")
 MODULES = "core,imgproc,imgcodecs,videoio,dnn,calib3d,python3,cudev"  # without calib3d the packaging fails at the end
+# What the source package's pyproject.toml asks for.
+REQUIRES = (
+    *("numpy==2.0.2; python_version < '3.13'", "numpy==2.1.3; python_version >= '3.13'"),
+    *("setuptools==59.2.0; python_version < '3.12'", "setuptools<70; python_version >= '3.12'"),
+    *("packaging", "scikit-build>=0.18", "wheel"),
+)
 HEADERS = {"cudnn.h": "cuDNN", "cublas_v2.h": "cuBLAS", "nppi.h": "NPP"}
 ON_JETSON = "sudo apt-get install nvidia-jetpack (or: cuda-toolkit and libcudnn with their -dev packages)"
 ELSEWHERE = "install NVIDIA's CUDA toolkit and cuDNN, with their headers, and put nvcc on the PATH"
@@ -147,14 +153,16 @@ def plan_cuda(compute: str, toolkit: Toolkit, jobs: int | None = None) -> Plan:
     if version >= (12, 8):
         options["CUDA_NVCC_FLAGS"] = "--compress-mode=size"
     wheels = cache_folder() / "wheels" / name
-    pip = ("python", "-m", "pip", "wheel", "--verbose", "--no-deps", "--disable-pip-version-check")
+    # In an environment that stays: in pip's own the path of cmake changes, and all kernels would be compiled again.
+    pip = ("python", "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation")
     return Plan(
+        tools=(*TOOLS, *REQUIRES),
         what=f"the wheel of {PACKAGE} {OPENCV} with CUDA {version[0]}.{version[1]} for compute capability {compute}",
         folder=folder,
         result=wheels,
         fetches=(
-            f"{', '.join(TOOLS)} into an environment of their own",
-            f"the source package of {PACKAGE} {OPENCV} (150 MB), and from PyPI what its build requires",
+            f"{', '.join((*TOOLS, *REQUIRES))}, into an environment of their own",
+            f"the source package of {PACKAGE} {OPENCV} (150 MB)",
         ),
         configure=(),  # the package's own build runs cmake, with CMAKE_ARGS
         variables={
@@ -184,7 +192,7 @@ def add_cuda(compute: str, *, jobs: int | None = None, progress: Progress = lamb
         need_disk(plan.disk_bytes)
     with only_one(plan.folder) as lock:
         progress("fetching cmake and ninja", 0, 0)
-        tools()
+        tools(plan.tools)
         progress(f"fetching OpenCV {OPENCV}", 0, 0)
         unpack(fetch_source(PACKAGE, OPENCV), plan.folder / "source")
         configure_and_compile(plan, lock, progress)

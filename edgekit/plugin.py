@@ -257,10 +257,11 @@ def plan_openvino(arch: str, jobs: int | None = None) -> Plan:
         options["CMAKE_TOOLCHAIN_FILE"] = str(source / "platforms" / "linux" / f"{arch}-gnu.toolchain.cmake")
     return Plan(
         what=f"the OpenVINO plugin for {arch}",
+        tools=TOOLS,
         folder=folder,
         result=result,
         fetches=(
-            f"{', '.join(TOOLS)} into an environment of their own",
+            f"{', '.join(TOOLS)}, into an environment of their own",
             f"the source package of opencv-python-headless {OPENCV} (96 MB)",
             f"the wheel of openvino {OPENVINO} for {arch} ({WHEEL_SIZES[arch]})",
         ),
@@ -302,7 +303,7 @@ def _build(plan: Plan, arch: str, progress: Progress) -> None:
         need_disk(plan.disk_bytes)
     with only_one(plan.folder) as lock:
         progress("fetching cmake and ninja", 0, 0)
-        tools()
+        tools(plan.tools)
         progress(f"fetching OpenCV {OPENCV}", 0, 0)
         unpack(fetch_source("opencv-python-headless", OPENCV), plan.folder / "source")
         file = plan.folder / "source" / PATCHED

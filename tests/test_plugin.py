@@ -233,11 +233,17 @@ class TestRunning:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
 
-        code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+        # Like pip, it does not end before its own child has.
+        code = (
+            "import signal, subprocess, sys; signal.signal(signal.SIGINT, lambda *_: None)\n"
+            "sleeps = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+            "subprocess.run([sys.executable, '-c', sleeps])"
+        )
+        begin = time.monotonic()
         with pytest.raises(Interrupted, match="the same command goes on from there"):
             compiling.run([sys.executable, "-c", code], os.environ, tmp_path / "log", lock, interrupt)
-        child = int((tmp_path / "log").read_text().splitlines()[1])
-        assert not Path("/proc", str(child)).exists()
+        grandchild = int((tmp_path / "log").read_text().splitlines()[3])
+        assert not Path("/proc", str(grandchild)).exists() and time.monotonic() - begin < 30
 
     @pytest.mark.usefixtures("lock")
     def test_a_folder_is_built_in_once_at_a_time(self, tmp_path: Path) -> None:
