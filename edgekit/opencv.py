@@ -61,7 +61,7 @@ def _try_plugin() -> plugin.Trial:
         path = plugin.find_plugin(plugin.machine())
     except (SetupError, UsageError) as error:
         return plugin.Trial((), None, str(error))
-    return plugin.try_plugin(path, Path(sys.executable))
+    return plugin.try_plugin(path, Path(sys.executable), isolated=False)
 
 
 def judge_openvino(targets: list[str], version: str, trial: plugin.Trial) -> Finding:
@@ -71,7 +71,9 @@ def judge_openvino(targets: list[str], version: str, trial: plugin.Trial) -> Fin
         return Finding(topic, f"{', '.join(targets)}, in this OpenCV itself", True)
     if trial.targets and trial.relative_error is not None:
         value = f"{', '.join(trial.targets)}, by the plugin; off OpenCV's own result by {trial.relative_error:.0e}"
-        return Finding(topic, value, trial.relative_error <= plugin.MAX_RELATIVE_ERROR)
+        right = trial.relative_error <= plugin.MAX_RELATIVE_ERROR
+        advice = "" if right else "a lower precision, or wrong: `edgekit opencv add openvino` builds one that is right"
+        return Finding(topic, value, right, advice)
     if version != wanted:
         return Finding(topic, f"absent: its plugin is for OpenCV {wanted}, and this is {version}", None, INSTALL)
     return Finding(topic, f"absent: {trial.message or 'the plugin is not loaded'}", None, INSTALL)

@@ -361,12 +361,15 @@ class Trial:
     message: str  # what went wrong, or ""
 
 
+TRIAL_S = 120.0
 # As run.py does it: OpenVINO's libraries are loaded first, since the plugin is not beside them.
 _TRIAL = """
 import ctypes, importlib.util, json, sys
 from pathlib import Path
 spec = importlib.util.find_spec("openvino")
-libs = Path(spec.origin).parent / "libs" if spec and spec.origin else Path("openvino-is-not-installed")
+if not spec or not spec.origin:
+    sys.exit("openvino is not installed")
+libs = Path(spec.origin).parent / "libs"
 for name in ("libtbb.so.12", "libopenvino.so." + sys.argv[2]):
     ctypes.CDLL(str(libs / name), ctypes.RTLD_GLOBAL)
 import numpy as np
@@ -386,15 +389,23 @@ print(json.dumps({"targets": [names.get(each, str(each)) for each in targets], "
 """
 
 
-def try_plugin(path: Path, python: Path) -> Trial:
-    """Loads the plugin into an interpreter's OpenCV, as run.py would, and runs a small network through it."""
+def try_plugin(path: Path, python: Path, isolated: bool = True) -> Trial:
+    """Loads the plugin into an interpreter's OpenCV, as run.py would, and runs a small network through it.
+
+    isolated: without the user's own packages and PYTHONPATH; False for an interpreter that is used with them.
+    """
     variables = {**os.environ, "OPENCV_DNN_PLUGIN_PATH": str(path.parent), "OPENCV_LOG_LEVEL": "ERROR"}
     variables.pop(PRECISION_VARIABLE, None)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "small.onnx")
         model.write_bytes(_small_model())
-        command = [str(python), "-I", "-c", _TRIAL, str(model), openvino_soname()]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+        command = [str(python), *(["-I"] if isolated else []), "-c", _TRIAL, str(model), openvino_soname()]
+        try:
+            done = subprocess.run(
+                command, env=variables, cwd=folder, capture_output=True, text=True, timeout=TRIAL_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return Trial((), None, f"a network of one layer did not end within {TRIAL_S:g} s")
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return Trial((), None, lines[-1] if lines else f"the process ended with code {done.returncode}")

@@ -314,9 +314,7 @@ def test_a_plugin_is_proved_with_its_opencv_and_not_loaded_by_another(tmp_path: 
         pytest.skip(str(error))
     trial = plugin.try_plugin(file, right)
     assert trial.targets and trial.relative_error is not None and trial.relative_error < 1e-2 and trial.message == ""
-    trial = plugin.try_plugin(file, without)
-    assert trial == Trial((), None, "OSError: " + trial.message.removeprefix("OSError: "))
-    assert "openvino-is-not-installed" in trial.message
+    assert plugin.try_plugin(file, without) == Trial((), None, "openvino is not installed")
     with pytest.raises(SetupError, match="is not loaded by OpenCV"):
         plugin.prove_plugin(tmp_path / FILE_NAME)
 
@@ -330,7 +328,10 @@ def test_a_plugin_is_proved_with_its_opencv_and_not_loaded_by_another(tmp_path: 
     [
         (["cpu"], "4.14.0", Trial((), None, ""), "cpu, in this OpenCV itself", True, ""),
         ([], "4.14.0", Trial(("cpu",), 2e-6, ""), "cpu, by the plugin; off OpenCV's own result by 2e-06", True, ""),
-        ([], "4.14.0", Trial(("cpu",), 0.5, ""), "cpu, by the plugin; off OpenCV's own result by 5e-01", False, ""),
+        (
+            *([], "4.14.0", Trial(("cpu",), 3e-3, ""), "cpu, by the plugin; off OpenCV's own result by 3e-03", False),
+            "a lower precision, or wrong: `edgekit opencv add openvino` builds one that is right",
+        ),
         (
             *([], "5.0.0", Trial((), None, "")),
             *("absent: its plugin is for OpenCV 4.14.0, and this is 5.0.0", None, opencv.INSTALL),
