@@ -167,8 +167,8 @@ def run(
     Raises SetupError with the output's errors where it fails, Interrupted at Ctrl-C, when the child has ended.
     """
     with log.open("a", encoding="utf-8", buffering=1) as file:
-        begin = file.tell()
         file.write(f"$ {shlex.join(command)}\n")
+        begin = file.tell()
         with subprocess.Popen(
             command,
             env=variables,
