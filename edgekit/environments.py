@@ -37,14 +37,38 @@ def opencv_python(version: str, *extra: str) -> Path:
     if not re.fullmatch(r"\d+(\.\d+){1,3}", version):
         raise SetupError(f"{version!r} is no OpenCV version: give one such as 4.10 or 4.14.0.94")
     requirement = f"opencv-python-headless=={version}" + ("" if version.count(".") == 3 else ".*")
-    name = re.sub(r"[^\w.]+", "-", "-".join(("opencv", version, *extra)))
+    # numpy 2 came after 4.9 was built
+    old = tuple(int(part) for part in version.split(".")[:2]) < (4, 10)
+    return environment("-".join(("opencv", version, *extra)), requirement, *(["numpy<2"] if old else []), *extra)
+
+
+def environment(name: str, *requirements: str) -> Path:
+    """The interpreter of an environment of this name in the cache, made with these requirements where there is none.
+
+    Raises SetupError where it cannot be made.
+    """
+    name = re.sub(r"[^\w.]+", "-", name)
     folder = cache_folder() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
-        # numpy 2 came after 4.9 was built
-        old = tuple(int(part) for part in version.split(".")[:2]) < (4, 10)
-        _make(folder, [requirement, *(["numpy<2"] if old else []), *extra])
+        _make(folder, list(requirements))
     return python
+
+
+def unpack_wheel(requirement: str, platform: str, folder: Path) -> None:
+    """Unpacks a wheel for any platform, as uv names them ("aarch64-manylinux_2_35"), into a new folder: whole or not.
+
+    Raises SetupError where it cannot be had.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
+        made = Path(temporary, "wheel")
+        wanted = ("--target", str(made), "--python-platform", platform, "--python-version", "3.12", requirement)
+        try:
+            _uv(made.parent, "pip", "install", "--no-deps", "--only-binary", ":all:", *wanted)
+        except SetupError as error:
+            raise SetupError(f"cannot fetch the wheel of {requirement} for {platform}: {error}") from None
+        made.rename(folder)
 
 
 def _make(folder: Path, requirements: list[str]) -> None:
