@@ -466,48 +466,6 @@ def run(
     raise typer.Exit(code)
 
 
-targets = typer.Typer(help="Show the devices that bundles are built for.", rich_markup_mode=None)
-app.add_typer(targets, name="targets")
-
-
-@targets.callback(invoke_without_command=True)
-def _list_targets(context: typer.Context, as_json: AsJson = False) -> None:
-    """Show the devices that bundles are built for.
-
-    `edgekit targets show NAME` explains one. `edgekit bundle RUN --target my-board.toml` takes a file of your own
-    (docs/targets.md).
-    """
-    if context.invoked_subcommand:
-        return
-    from edgekit.targets import read_target, target_names
-
-    chosen = [read_target(name) for name in target_names()]
-    if as_json:
-        _print_json([target.model_dump(mode="json") for target in chosen])
-        return
-    for target in chosen:
-        typer.echo(f"{target.name:<13} {target.backend:<13} {target.description}")
-
-
-@targets.command("show")
-def _show_target(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `edgekit targets`, or a .toml file.")],
-    as_json: AsJson = False,
-) -> None:
-    """Explain one: what each setting is, and what it means."""
-    from edgekit.targets import Target, read_target
-
-    target = read_target(name)
-    if as_json:
-        _print_json(target.model_dump(mode="json"))
-        return
-    for key, value in target.model_dump(mode="json").items():
-        shown = [NONE] if value is None else [str(line) for line in value] if isinstance(value, list) else [str(value)]
-        separator = "\n" + " " * 19 if key in ("install", "requirements") else ", "
-        typer.echo(f"{key:<18} {separator.join(shown)}")
-        typer.echo(f"{'':<18} {Target.model_fields[key].description}\n")
-
-
 @app.command()
 def backbones(
     names: Annotated[
@@ -594,6 +552,48 @@ def _print_findings(findings: Iterable[Finding]) -> None:
     for finding in findings:
         advice = f"  → {finding.advice}" if finding.advice else ""
         typer.echo(f"{marks[finding.ok]:<8} {finding.topic:<22} {finding.value}{advice}")
+
+
+targets = typer.Typer(help="Show the devices that bundles are built for.", rich_markup_mode=None)
+app.add_typer(targets, name="targets")
+
+
+@targets.callback(invoke_without_command=True)
+def _list_targets(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show the devices that bundles are built for.
+
+    `edgekit targets show NAME` explains one. `edgekit bundle RUN --target my-board.toml` takes a file of your own
+    (docs/targets.md).
+    """
+    if context.invoked_subcommand:
+        return
+    from edgekit.targets import read_target, target_names
+
+    chosen = [read_target(name) for name in target_names()]
+    if as_json:
+        _print_json([target.model_dump(mode="json") for target in chosen])
+        return
+    for target in chosen:
+        typer.echo(f"{target.name:<13} {target.backend:<13} {target.description}")
+
+
+@targets.command("show")
+def _show_target(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `edgekit targets`, or a .toml file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Explain one: what each setting is, and what it means."""
+    from edgekit.targets import Target, read_target
+
+    target = read_target(name)
+    if as_json:
+        _print_json(target.model_dump(mode="json"))
+        return
+    for key, value in target.model_dump(mode="json").items():
+        shown = [NONE] if value is None else [str(line) for line in value] if isinstance(value, list) else [str(value)]
+        separator = "\n" + " " * 19 if key in ("install", "requirements") else ", "
+        typer.echo(f"{key:<18} {separator.join(shown)}")
+        typer.echo(f"{'':<18} {Target.model_fields[key].description}\n")
 
 
 opencv_app = typer.Typer(
