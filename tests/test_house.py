@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "edgekit"
 LAYER_0 = {"errors", "runner"}
 RECORDS = LAYER_0 | {"recipe"}  # the run's choices; a record that nouns may read
 NOUNS = {
+    "arm64",
     "artifacts",
     "backbones",
     "batches",
@@ -40,11 +41,12 @@ ALLOWED = {
     "backbones": RECORDS,
     "artifacts": RECORDS,
     "environments": LAYER_0,
+    "arm64": LAYER_0 | {"artifacts", "environments"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
     "pictures": RECORDS,
     "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
-    "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
+    "report": RECORDS | {"arm64", "artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},
