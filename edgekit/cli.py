@@ -19,8 +19,12 @@ from edgekit import __version__
 from edgekit.errors import ArtifactError, EdgekitError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from edgekit.backbones import Backbone
+    from edgekit.compiling import Plan
     from edgekit.datasets import Dataset
+    from edgekit.doctor import Finding
     from edgekit.lowering import Engine
     from edgekit.pipeline import Outcome
     from edgekit.recipe import Recipe
@@ -40,6 +44,7 @@ app = typer.Typer(
 
 _DEBUG = "EDGEKIT_DEBUG"
 LOADING = "loading torch"
+NONE = "-"  # a setting that has no value
 
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are.")]
 Dist = Annotated[Path, typer.Option("--dist", help="Where bundles go.")]
@@ -97,9 +102,9 @@ def demo(
 
 def _bundle_json(bundle: Path, *args: str) -> dict[str, Any]:
     """Runs a bundle's own run.py in its own process; its JSON answer."""
-    answer = subprocess.run(
-        [sys.executable, str(bundle / "run.py"), *args], capture_output=True, text=True, check=False
-    )
+    from edgekit.launch import run_py
+
+    answer = subprocess.run(run_py(bundle, *args), capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise ArtifactError(f"run.py {args[0]} failed: {answer.stderr.strip()}")
     result: dict[str, Any] = json.loads(answer.stdout)
@@ -335,8 +340,8 @@ def verify(
     opencv: Annotated[
         str | None,
         typer.Option(
-            help="Versions, with commas between: 4.10 (the newest of them) or 4.14.0.94; with --arch also debian-12 "
-            "and debian-13. Default: 4.6,4.10,4.14,5.0; with --arch those that the bundle names as proved."
+            help="Versions, with commas between: 4.10 (the newest of them), 4.14.0.94 or openvino; with --arch also "
+            "debian-12 and debian-13. Default: 4.6,4.10,4.14,5.0; with --arch those that the bundle names as proved."
         ),
     ] = None,
     arch: Annotated[str, typer.Option(help="Emulate this one and run a BUNDLE's own check there: arm64.")] = "",
@@ -447,16 +452,23 @@ def bundle(
                 "check": done.checked,
                 "proved": done.proved,
                 "refused": done.refused,
+                "cpu_operators": done.cpu_operators,
             }
         )
         return
     rows = done.checked["images"]
     typer.echo(f"{done.path} and {done.archive.name} ({done.size_bytes / 1e6:.1f} MB)")
+    here = done.checked["conditions"]
     typer.echo(
-        f"check passed here: {len(rows)} of {len(rows)} images as trained, "
-        f"OpenCV {done.checked['conditions']['opencv']}"
+        f"check passed here: {len(rows)} of {len(rows)} images as trained, OpenCV {here['opencv']}, "
+        f"{here['backend']} ({here['engine']} engine, {here['precision']})"
     )
+    if here["fallback"]:
+        typer.echo(f"not checked on {chosen.backend}: {here['fallback']}. `run.py check` on the device will")
     typer.echo(f"proved on OpenCV {_listed(done.proved)}")
+    if done.cpu_operators:
+        counts = ", ".join(f"{name} ({count})" for name, count in done.cpu_operators.items())
+        typer.echo(f"OpenCV's CUDA has no form of these operators, which run on the CPU there: {counts}")
     if done.refused:
         typer.echo(f"refuses OpenCV {_listed(done.refused)}: the network does not compute there what was trained")
     typer.echo(f"next: copy {done.archive.name} to the device, unpack it there, python3 run.py check")
@@ -481,36 +493,57 @@ def run(
 
     For example: edgekit run dist/NAME-cpu infer photo.jpg
     """
-    script = bundle / "run.py"
-    if not script.is_file():
+    if not (bundle / "run.py").is_file():
         raise ArtifactError(f"no bundle at {bundle} (it has no run.py): make one with `edgekit bundle RUN`")
+    from edgekit.launch import run_py
+
     try:
-        code = subprocess.run([sys.executable, str(script), *(args or [])], check=False).returncode
+        code = subprocess.run(run_py(bundle, *(args or [])), check=False).returncode
     except KeyboardInterrupt:  # the child had it too, and has ended
         code = 130
     raise typer.Exit(code)
 
 
-@app.command()
-def targets(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Show this one.")] = "",
-    as_json: AsJson = False,
-) -> None:
+targets = typer.Typer(help="Show the devices that bundles are built for.", rich_markup_mode=None)
+app.add_typer(targets, name="targets")
+
+
+@targets.callback(invoke_without_command=True)
+def _list_targets(context: typer.Context, as_json: AsJson = False) -> None:
     """Show the devices that bundles are built for.
 
-    With a NAME, all about that one. `edgekit bundle RUN --target my-board.toml` takes a file of your own.
+    `edgekit targets show NAME` explains one. `edgekit bundle RUN --target my-board.toml` takes a file of your own
+    (docs/targets.md).
     """
+    if context.invoked_subcommand:
+        return
     from edgekit.targets import read_target, target_names
 
-    chosen = [read_target(name)] if name else [read_target(each) for each in target_names()]
+    chosen = [read_target(name) for name in target_names()]
     if as_json:
         _print_json([target.model_dump(mode="json") for target in chosen])
-    elif name:
-        for key, value in chosen[0].model_dump(mode="json").items():
-            typer.echo(f"{key:<18} {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    else:
-        for target in chosen:
-            typer.echo(f"{target.name:<12} {target.description}")
+        return
+    for target in chosen:
+        typer.echo(f"{target.name:<13} {target.backend:<13} {target.description}")
+
+
+@targets.command("show")
+def _show_target(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `edgekit targets`, or a .toml file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Explain one: what each setting is, and what it means."""
+    from edgekit.targets import Target, read_target
+
+    target = read_target(name)
+    if as_json:
+        _print_json(target.model_dump(mode="json"))
+        return
+    for key, value in target.model_dump(mode="json").items():
+        shown = [NONE] if value is None else [str(line) for line in value] if isinstance(value, list) else [str(value)]
+        separator = "\n" + " " * 19 if key in ("install", "requirements") else ", "
+        typer.echo(f"{key:<18} {separator.join(shown)}")
+        typer.echo(f"{'':<18} {Target.model_fields[key].description}\n")
 
 
 @app.command()
@@ -591,10 +624,134 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(findings)
         return
+    _print_findings(findings)
+
+
+def _print_findings(findings: Iterable[Finding]) -> None:
     marks = {True: "ok", False: "missing", None: "-"}
     for finding in findings:
         advice = f"  → {finding.advice}" if finding.advice else ""
         typer.echo(f"{marks[finding.ok]:<8} {finding.topic:<22} {finding.value}{advice}")
+
+
+opencv_app = typer.Typer(
+    help="Give OpenCV a faster backend: OpenVINO, or CUDA.\n\n"
+    "OpenVINO is for the CPUs of PCs and arm64 boards, CUDA for NVIDIA's GPUs and boards. The OpenCV that pip "
+    "installs has neither. `edgekit opencv check` says what the one here can do.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+opencv_add = typer.Typer(
+    help="Build a backend for OpenCV, or take over one that was built.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(opencv_app, name="opencv")
+opencv_app.add_typer(opencv_add, name="add")
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched and run.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Files compiled at once. Default: the cores.")]
+
+
+@opencv_add.command("openvino")
+def opencv_add_openvino(
+    arch: Annotated[
+        str, typer.Option(help="What the plugin is for: x86_64, or aarch64 (Raspberry Pi, Jetson's CPU).")
+    ] = "x86_64",
+    source: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="Take this one, built already.")] = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build the OpenVINO plugin: several times the speed on a CPU.
+
+    One file of 7 MB that the stock opencv-python-headless of one version loads, where openvino from PyPI is installed
+    too. It is compiled here once (a quarter of an hour; after Ctrl-C the same command goes on), checked against
+    OpenCV's own results where it can run here, and kept in the cache; for aarch64 by a cross-compiler. It computes in
+    f32 unless OPENCV_DNN_OPENVINO_PRECISION says f16, bf16 or auto.
+    """
+    from edgekit import plugin
+    from edgekit.progress import display
+
+    if dry_run:
+        _print_plan(plugin.plan_openvino(arch, jobs), as_json)
+        return
+    with display() as show:
+        path = plugin.add_openvino(arch, source=source, jobs=jobs, progress=show.work)
+    found = plugin.read_plugin(path, arch)
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        _print_json({**vars(found), "size_bytes": path.stat().st_size, "warnings": found.warnings})
+        return
+    typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    typer.echo(f"for {arch}, opencv-python-headless=={plugin.OPENCV} with openvino=={plugin.OPENVINO}")
+
+
+@opencv_add.command("cuda")
+def opencv_add_cuda(
+    arch: Annotated[
+        str,
+        typer.Option(help="Compute capability of the GPU (8.6, 9.0), or a board: nano, tx2, xavier, orin."),
+    ],
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an OpenCV wheel with the CUDA backend, where CUDA is.
+
+    It needs CUDA and cuDNN. On a Jetson that is the board itself (JetPack brings both; hours), elsewhere a machine with
+    NVIDIA's toolkit. The wheel is for one compute capability and this CUDA; install it in place of any other OpenCV,
+    then ask `edgekit opencv check`.
+    """
+    from edgekit import cuda_wheel
+    from edgekit.progress import display
+
+    compute = cuda_wheel.compute_capability(arch)
+    if dry_run:
+        toolkit, problem = cuda_wheel.toolkit_here(compute)
+        _print_plan(cuda_wheel.plan_cuda(compute, toolkit, jobs), as_json)
+        if problem:
+            typer.echo(f"missing here: {problem}", err=True)
+        return
+    with display() as show:
+        wheel = cuda_wheel.add_cuda(compute, jobs=jobs, progress=show.work)
+    if as_json:
+        _print_json({"wheel": wheel, "size_bytes": wheel.stat().st_size, "compute_capability": compute})
+        return
+    typer.echo(f"{wheel} ({wheel.stat().st_size / 1e6:.1f} MB)")
+    typer.echo(f"next: pip uninstall every other OpenCV, pip install --no-deps {wheel.name}, edgekit opencv check")
+
+
+@opencv_app.command("check")
+def opencv_check(as_json: AsJson = False) -> None:
+    """Say what cv2.dnn can really do here, backend by backend.
+
+    What getAvailableTargets answers, not what the build claims; whether the OpenVINO plugin is loaded, in a process of
+    its own as a bundle's run.py does it; the GPUs; and the command that gets what is missing.
+    """
+    from edgekit.opencv import check
+
+    abilities = check()
+    if as_json:
+        _print_json(abilities)
+        return
+    _print_findings(abilities.findings)
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    import shlex
+
+    if as_json:
+        _print_json({**vars(plan), "variables": dict(plan.variables)})
+        return
+    typer.echo(f"{plan.what}, {plan.minutes}, {plan.disk_bytes / 1e9:.1f} GB while it is built")
+    for fetched in plan.fetches:
+        typer.echo(f"fetch    {fetched}")
+    for name, value in plan.variables.items():
+        typer.echo(f"set      {name}={shlex.quote(value)}")
+    for verb, command in (("run", plan.configure), ("run", plan.compile)):
+        if command:
+            typer.echo(f"{verb:<8} {shlex.join(command)}")
+    typer.echo(f"makes    {plan.result}")
 
 
 def _print_table(table: object) -> None:

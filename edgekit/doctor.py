@@ -169,19 +169,26 @@ def opencv_engines() -> Finding:
 def opencv_backends() -> Finding:
     """The backends that really have a target here. (A backend that the build lacks may run on the CPU silently.)"""
     try:
-        import cv2
+        import cv2  # noqa: F401
     except ImportError:
         return Finding("cv2.dnn backends", "unknown without OpenCV", None)
+    targets = backend_targets()
+    value = "; ".join(f"{name}: {', '.join(found) or 'absent'}" for name, found in targets.items())
+    lacking = [name for name, found in targets.items() if not found]
+    advice = f"PyPI's wheels have no {' or '.join(lacking)}: see `edgekit opencv check`" if lacking else ""
+    return Finding("cv2.dnn backends", value, "cpu" in targets["opencv"], advice)
+
+
+def backend_targets() -> dict[str, list[str]]:
+    """{backend: what it can run on here}; a backend that this OpenCV was built without has none."""
+    import cv2
+
     codes = {
         "opencv": cv2.dnn.DNN_BACKEND_OPENCV,
         "cuda": cv2.dnn.DNN_BACKEND_CUDA,
         "openvino": cv2.dnn.DNN_BACKEND_INFERENCE_ENGINE,
     }
-    targets = {name: _target_names(cv2.dnn.getAvailableTargets(code)) for name, code in codes.items()}
-    value = "; ".join(f"{name}: {', '.join(found) or 'absent'}" for name, found in targets.items())
-    lacking = [name for name, found in targets.items() if not found]
-    advice = f"PyPI's wheels have no {' or '.join(lacking)}; the cpu target needs neither" if lacking else ""
-    return Finding("cv2.dnn backends", value, "cpu" in targets["opencv"], advice)
+    return {name: _target_names(cv2.dnn.getAvailableTargets(code)) for name, code in codes.items()}
 
 
 def _target_names(codes: Iterable[int]) -> list[str]:

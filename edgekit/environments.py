@@ -38,20 +38,28 @@ def opencv_python(version: str, *extra: str) -> Path:
     if not re.fullmatch(r"\d+(\.\d+){1,3}", version):
         raise SetupError(f"{version!r} is no OpenCV version: give one such as 4.10 or 4.14.0.94")
     requirement = f"opencv-python-headless=={version}" + ("" if version.count(".") == 3 else ".*")
-    name = re.sub(r"[^\w.]+", "-", "-".join(("opencv", version, *extra)))
+    # numpy 2 came after 4.9 was built
+    old = tuple(int(part) for part in version.split(".")[:2]) < (4, 10)
+    return environment("-".join(("opencv", version, *extra)), requirement, *(["numpy<2"] if old else []), *extra)
+
+
+def environment(name: str, *requirements: str) -> Path:
+    """The interpreter of an environment of this name in the cache, made with these requirements where there is none.
+
+    Raises SetupError where it cannot be made.
+    """
+    name = re.sub(r"[^\w.]+", "-", name)
     folder = cache_folder() / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
-        # numpy 2 came after 4.9 was built
-        old = tuple(int(part) for part in version.split(".")[:2]) < (4, 10)
-        _make(folder, [requirement, *(["numpy<2"] if old else []), *extra])
+        _make(folder, list(requirements))
     return python
 
 
 def site_packages(folder: Path, arguments: Sequence[str], *, platform: str, python: str) -> None:
     """Fills a new folder with wheels for another machine, whole or not at all; nothing of them is run.
 
-    arguments: requirements, or "-r" and a file of them. platform: as uv names it ("aarch64-manylinux_2_36").
+    arguments: requirements, "-r" and a file of them, "--no-deps". platform: as uv names it ("aarch64-manylinux_2_36").
     python: such as "3.11". Raises SetupError where they cannot be had.
     """
     wanted = ("--python-platform", platform, "--python-version", python, "--only-binary", ":all:")
@@ -59,8 +67,16 @@ def site_packages(folder: Path, arguments: Sequence[str], *, platform: str, pyth
         try:
             _uv(made.parent, "pip", "install", "--target", str(made), *wanted, *arguments)
         except SetupError as error:
-            wheels = " and ".join(argument for argument in arguments if argument != "-r")
-            raise SetupError(f"no wheels of {wheels} for {platform}: {error}") from None
+            wheels = " and ".join(argument for argument in arguments if not argument.startswith("-"))
+            raise SetupError(f"cannot fetch wheels of {wheels} for {platform}: {error}") from None
+
+
+def unpack_wheel(requirement: str, platform: str, folder: Path) -> None:
+    """Unpacks one wheel for any platform, as uv names them ("aarch64-manylinux_2_35"), into a new folder: whole or not.
+
+    Raises SetupError where it cannot be had.
+    """
+    site_packages(folder, ["--no-deps", requirement], platform=platform, python="3.12")
 
 
 @contextmanager

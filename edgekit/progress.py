@@ -48,6 +48,10 @@ class Display:
         """`done` of `total` images of some named work."""
         self._show(name, done, total, "")
 
+    def work(self, name: str, done: int, total: int) -> None:
+        """`done` of `total` steps of some named work; a total of 0 is not known."""
+        self._show(name, done, total or None, "")
+
     def files(self, done: int, total: int) -> None:
         """`done` of `total` files read and checked."""
         self._show("checking images", done, total, "")

@@ -232,6 +232,7 @@ def test_help_is_the_pipeline_in_order(tmp_path: Path) -> None:
         "targets",
         "backbones",
         "doctor",
+        "opencv",
     ]
     rows = [re.match(r"^ +(\w+) {2,}\w", line) for line in text[text.index("Commands") :].splitlines()]
     assert [row[1] for row in rows if row and row[1] in names] == names
