@@ -24,7 +24,8 @@ PROVED = [
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("arm64") / "tiny", proved=PROVED)
+    arch = ("x86_64", "aarch64")
+    return write_bundle(tmp_path_factory.mktemp("arm64") / "tiny", proved=PROVED, arch=arch)
 
 
 @pytest.fixture
@@ -208,10 +209,13 @@ def test_a_wrong_bundle_fails_and_one_that_refuses_is_not_proved_either(copy: Pa
     (refused,) = check_on_arm64(copy, ["5.0"])
     assert refused.status == "refused"
     assert refused.reason.startswith("OpenCV 5.0.0 does not compute this network as it was trained")
+    sign(copy, arch=("x86_64",))
+    (elsewhere,) = check_on_arm64(copy, ["5.0"])
+    assert elsewhere.status == "refused" and "this machine is aarch64" in elsewhere.reason
     write_model(copy / "model.onnx", seed=1)
     (damaged,) = check_on_arm64(copy, ["5.0"])
     assert damaged.status == "refused" and "model.onnx is not the file that was built" in damaged.reason
-    sign(copy, proved=PROVED, refused=())
+    sign(copy, proved=PROVED, refused=(), arch=("aarch64",))
     done = verify(copy, "--arch", "arm64", "--opencv", "5.0")
     assert done.returncode == 1 and "4 of 4 images: china.jpg: outputs differ by" in " ".join(done.stdout.split())
 
