@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -334,39 +334,77 @@ def export(
 
 @app.command()
 def verify(
-    run: Run,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN|BUNDLE", help="A run folder (runs/NAME); with --arch a bundle folder.")
+    ],
     opencv: Annotated[
-        str, typer.Option(help="Versions, with commas between: 4.10 (the newest of them), 4.14.0.94 or openvino.")
-    ] = ("4.6,4.10,4.14,5.0"),
+        str | None,
+        typer.Option(
+            help="Versions, with commas between: 4.10 (the newest of them), 4.14.0.94 or openvino; with --arch also "
+            "debian-12 and debian-13. Default: 4.6,4.10,4.14,5.0; with --arch those that the bundle names as proved."
+        ),
+    ] = None,
+    arch: Annotated[str, typer.Option(help="Emulate this one and run a BUNDLE's own check there: arm64.")] = "",
+    cpu: Annotated[
+        str, typer.Option(help="With --arch: what is emulated, such as cortex-a53,cortex-a72. Default: cortex-a53.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Prove a run on the OpenCVs that devices have.
+    """Prove a run on the OpenCVs that devices have, or a bundle on arm64.
 
     Each version comes from PyPI into an environment of its own, and each of its engines computes the check images in
     a process of its own: on torch's own input, and from the bytes of the files. parity.json keeps the rows; bundles
     name what was proved, and refuse to run where the network was found wrong.
 
-    Exit code 1 where no engine of a version is right, 3 where a version cannot be had here.
+    With --arch arm64 a bundle's own run.py checks itself on an arm64 Debian, with the OpenCV of PyPI or of that Debian,
+    emulated by qemu: no board is needed, and nothing is said of speed. The bundle stays as it is.
+
+    Exit code 1 where no engine of a version is right (or the bundle refuses it), 3 where a version cannot be had here.
     """
+    versions = _versions(opencv) if opencv is not None else ()
+    if opencv is not None and not versions:
+        raise UsageError("no OpenCV version: give some, such as --opencv 4.10,5.0")
+    if arch or cpu or (run / "manifest.json").is_file():
+        _verify_bundle(run, arch, _versions(cpu) or ("cortex-a53",), versions, as_json)
     from edgekit.artifacts import open_run
 
-    versions = _versions(opencv)
-    if not versions:
-        raise UsageError("no OpenCV version: give some, such as --opencv 4.10,5.0")
     open_run(run)
     from edgekit.progress import display
 
     with display() as show:
         show.busy(LOADING)
         from edgekit import report
+        from edgekit.verify import VERSIONS
         from edgekit.verify import verify as stage
 
-        done = stage(run, versions, progress=show.busy)
+        done = stage(run, versions or VERSIONS, progress=show.busy)
     if as_json:
         _print_json({"run": run, "failed": done.failed, "not_proved": done.not_proved, "verdicts": done.verdicts})
     else:
         _print_table(report.verdicts_table([row for rows in done.verdicts.values() for row in rows]))
     raise typer.Exit(1 if done.failed else 3 if done.not_proved else 0)
+
+
+def _verify_bundle(bundle: Path, arch: str, cpus: tuple[str, ...], opencvs: tuple[str, ...], as_json: bool) -> NoReturn:
+    """verify with a bundle: its own check on an emulated CPU."""
+    if arch != "arm64":
+        raise UsageError(
+            f"a bundle is verified with --arch arm64{f', not {arch}' if arch else ''}; "
+            f"on this machine it checks itself: edgekit run {bundle} check"
+        )
+    from edgekit.arm64 import check_on_arm64
+    from edgekit.progress import display
+
+    with display() as show:
+        rows = check_on_arm64(bundle, opencvs, cpus, progress=show.busy)
+    statuses = {row.status for row in rows}
+    if as_json:
+        _print_json({"bundle": bundle, "arch": arch, "ok": statuses == {"ok"}, "rows": rows})
+    else:
+        from edgekit import report
+
+        _print_table(report.emulated_table(rows))
+    raise typer.Exit(1 if statuses & {"failed", "refused"} else 3 if "not proved" in statuses else 0)
 
 
 @app.command()

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "edgekit"
 LAYER_0 = {"errors", "runner"}
 RECORDS = LAYER_0 | {"recipe"}  # the run's choices; a record that nouns may read
 NOUNS = {
+    "arm64",
     "artifacts",
     "backbones",
     "batches",
@@ -47,6 +48,7 @@ ALLOWED = {
     "artifacts": RECORDS,
     "cuda": LAYER_0,
     "environments": LAYER_0,
+    "arm64": LAYER_0 | {"artifacts", "environments"},
     "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
@@ -56,7 +58,7 @@ ALLOWED = {
     "cuda_wheel": LAYER_0 | {"compiling", "environments", "plugin"},
     "opencv": LAYER_0 | {"doctor", "plugin"},
     "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
-    "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
+    "report": RECORDS | {"arm64", "artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},
