@@ -34,8 +34,10 @@ class Target(BaseModel):
         description="Machine names as `uname -m` or Windows gives them."
     )
     backend: Literal["opencv/cpu"] = Field("opencv/cpu", description="cv2.dnn's backend/target pair, never mixed.")
-    engine: Literal["classic", "new"] = Field(
-        "new", description="The engine that the model is made fast for: classic (OpenCV 4.x) or new (5.0's own)."
+    engine: Literal["classic", "classic-cpu", "new"] = Field(
+        "new",
+        description="The form of the model: made fast for classic-cpu (OpenCV 4.x's own CPU code), classic (what "
+        "OpenVINO and CUDA take) or new (5.0's own).",
     )
     precision: Literal["fp32"] = Field("fp32", description="The model variant that this target gets.")
     opencv: Range = Field(description='OpenCV versions that may be installed there, such as ">=4.5.4,<5.1".')

@@ -151,7 +151,7 @@ def test_every_missing_key_is_named(tmp_path: Path) -> None:
         ("threads = -1", "threads: Input should be greater than or equal to 0, got -1"),
         ("latency_budget_ms = 0", "latency_budget_ms: Input should be greater than 0, got 0"),
         ('backend = "cuda/fp16"', "backend: Input should be 'opencv/cpu', got 'cuda/fp16'"),
-        ('engine = "ort"', "engine: Input should be 'classic' or 'new', got 'ort'"),
+        ('engine = "ort"', "engine: Input should be 'classic', 'classic-cpu' or 'new', got 'ort'"),
         ('precision = "int4"', "precision: Input should be 'fp32', got 'int4'"),
         ('python = "3.8"', "python: String should match pattern"),
         ('python = ">=3.8, <4"', "python: String should match pattern"),
