@@ -301,7 +301,10 @@ def evaluate(
 def export(
     run: Run,
     engine: Annotated[
-        str, typer.Option(help="Make it fast for this engine: new (OpenCV 5.0's) or classic (4.x).")
+        str,
+        typer.Option(
+            help="Make it fast for: new (OpenCV 5.0's engine), classic-cpu (4.x's) or classic (other backends)."
+        ),
     ] = "new",
     as_json: AsJson = False,
 ) -> None:
@@ -312,8 +315,8 @@ def export(
     """
     from edgekit.artifacts import open_run
 
-    if engine not in ("new", "classic"):
-        raise UsageError(f"no engine named {engine!r}: give new or classic")
+    if engine not in ("new", "classic", "classic-cpu"):
+        raise UsageError(f"no engine named {engine!r}: give new, classic-cpu or classic")
     open_run(run)
     from edgekit.progress import display
 

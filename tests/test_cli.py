@@ -176,7 +176,11 @@ BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     ("cuda where there is none", without_cuda, "torch finds none here.*edgekit doctor"),
     ("evaluating what is no run", lambda f: ["evaluate", f / "none"], "no run folder .*edgekit finetune"),
     ("exporting a folder that is no run", lambda f: ["export", good_data(f)], "is it a run"),
-    ("exporting for an unknown engine", lambda f: ["export", f, "--engine", "ort"], "'ort': give new or classic"),
+    (
+        "exporting for an unknown engine",
+        lambda f: ["export", f, "--engine", "ort"],
+        "'ort': give new, classic-cpu or classic",
+    ),
     ("verifying on no version", lambda f: ["verify", f, "--opencv", ","], "no OpenCV version: give some"),
     ("verifying what is no run", lambda f: ["verify", f / "none"], "no run folder"),
     ("bundling for an unknown target", lambda f: ["bundle", f, "--target", "toaster"], "toaster.*cpu"),
