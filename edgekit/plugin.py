@@ -43,7 +43,7 @@ ENTRY = b"opencv_dnn_plugin_init_v0\0"
 PRECISION_VARIABLE = "OPENCV_DNN_OPENVINO_PRECISION"
 
 
-# What Debian 12, Ubuntu 22.04 and JetPack 6 have. openvino's own wheel needs the same glibc.
+# What Ubuntu 22.04 and JetPack 6 have (Debian 12 has more). For arm64, openvino's own wheel needs the same glibc.
 GLIBC, GLIBCXX = (2, 35), (3, 4, 30)
 
 
@@ -231,7 +231,7 @@ def add_precision_setting(text: str) -> str:
 def plan_openvino(arch: str, jobs: int | None = None) -> Plan:
     """What a build of the plugin for an architecture does. Fetches nothing. Raises UsageError, SetupError."""
     result = plugin_path(arch)
-    folder = cache_folder() / "builds" / result.parent.name
+    folder = (cache_folder() / "builds" / result.parent.name).absolute()  # the compiler runs elsewhere
     source, build = folder / "source" / "opencv", folder / "build"
     options = {
         "CMAKE_MAKE_PROGRAM": "ninja",  # by name: OpenCV writes what stands here into the library
@@ -289,7 +289,7 @@ LINK = (
     "-Wl,--enable-new-dtags -Wl,-rpath,\\$ORIGIN/../openvino/libs"
 )
 OFF_PLUGIN = ("WITH_JPEG", "WITH_PNG", "WITH_V4L", "WITH_CUDA", "BUILD_opencv_python3")
-WHEEL_SIZES = {"x86_64": "57 MB", "aarch64": "30 MB"}
+WHEEL_SIZES = {"x86_64": "59 MB", "aarch64": "30 MB"}
 
 
 def machine() -> str:
@@ -394,12 +394,12 @@ def try_plugin(path: Path, python: Path, isolated: bool = True) -> Trial:
 
     isolated: without the user's own packages and PYTHONPATH; False for an interpreter that is used with them.
     """
-    variables = {**os.environ, "OPENCV_DNN_PLUGIN_PATH": str(path.parent), "OPENCV_LOG_LEVEL": "ERROR"}
+    variables = {**os.environ, "OPENCV_DNN_PLUGIN_PATH": str(path.parent.absolute()), "OPENCV_LOG_LEVEL": "ERROR"}
     variables.pop(PRECISION_VARIABLE, None)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "small.onnx")
         model.write_bytes(_small_model())
-        command = [str(python), *(["-I"] if isolated else []), "-c", _TRIAL, str(model), openvino_soname()]
+        command = [str(python.absolute()), *(["-I"] if isolated else []), "-c", _TRIAL, str(model), openvino_soname()]
         try:
             done = subprocess.run(
                 command, env=variables, cwd=folder, capture_output=True, text=True, timeout=TRIAL_S, check=False

@@ -179,6 +179,8 @@ def test_the_plan_is_shown_and_nothing_is_done(
     crossed = any(option.startswith("-DCMAKE_TOOLCHAIN_FILE=") for option in options)
     assert crossed == (arch != plugin.machine())
     assert lines[-2].endswith(" -j 3 opencv_dnn_openvino")
+    monkeypatch.setenv(environments.CACHE_VARIABLE, "here")
+    assert plugin.plan_openvino(arch).folder == Path.cwd() / "here" / "builds" / f"openvino-4.14.0.94-2026.4.1-{arch}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the plugin is built on Linux")
