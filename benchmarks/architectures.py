@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +29,7 @@ from edgekit.environments import opencv_python
 from edgekit.errors import EdgekitError
 from edgekit.lowering import Engine, lower
 from edgekit.lowering.from_torch import from_torch
+from edgekit.plugin import openvino_python
 
 CLASSES = 10
 TOLERANCE = 1e-3
@@ -119,45 +118,10 @@ def judge(name: str, versions: list[str], folder: Path, plugin: Path | None, siz
             continue
         found = parity.compare(paths["new"], blobs, expected, tolerance=TOLERANCE, timeout_s=TIMEOUT_S, python=python)
         verdicts += found if not verdicts else found[1:]  # ONNX Runtime's is the same each time
-    if plugin:
-        verdicts.append(judge_openvino(paths["classic"], blobs, expected, plugin))
+    if plugin:  # OpenVINO has its own importer, and takes the classic form
+        limits: dict[str, Any] = {"tolerance": TOLERANCE, "timeout_s": TIMEOUT_S, "python": openvino_python()}
+        verdicts += parity.compare(paths["classic"], blobs, expected, plugin=plugin, **limits)[1:]
     return [asdict(replace(verdict, message=verdict.message[:300])) for verdict in verdicts]
-
-
-def judge_openvino(path: Path, blobs: np.ndarray, expected: parity.Arrays, plugin: Path) -> parity.Verdict:
-    """The verdict on 4.14.0.94 with OpenCV's OpenVINO plugin (a file), which reads the model with its own importer."""
-    python = opencv_python("4.14.0.94", "openvino==2026.4.1")
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(f"{folder}/x.npy", blobs)
-        command = [str(python), "-I", "-c", OPENVINO_CHILD, str(plugin.parent), str(path), folder]
-        child = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        if child.returncode:
-            reason = (child.stderr.strip().splitlines() or [""])[-1]
-            return parity.Verdict(
-                "opencv-openvino", "4.14.0", "died" if child.returncode < 0 else "raised", None, reason, ""
-            )
-        found = np.load(f"{folder}/y.npy")
-    error = max(runner.relative_difference(got, want) for got, want in zip(found, expected["logits"], strict=True))
-    status: parity.Status = "ok" if error <= TOLERANCE else "wrong"
-    return parity.Verdict("opencv-openvino", "4.14.0", status, error, "", "")
-
-
-OPENVINO_CHILD = """
-import ctypes, importlib.util, os, pathlib, sys
-import numpy as np
-plugin, model, folder = sys.argv[1:]
-os.environ["OPENCV_DNN_PLUGIN_PATH"] = plugin
-libraries = pathlib.Path(importlib.util.find_spec("openvino").submodule_search_locations[0]) / "libs"
-for name in ("libtbb.so.12", "libopenvino.so.2641"):
-    ctypes.CDLL(str(libraries / name), mode=ctypes.RTLD_GLOBAL)
-import cv2
-net = cv2.dnn.readNet(model, "", "openvino")
-rows = []
-for blob in np.load(folder + "/x.npy"):
-    net.setInput(blob[None])
-    rows.append(net.forward())
-np.save(folder + "/y.npy", np.concatenate(rows))
-"""
 
 
 def markdown(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -183,7 +147,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--opencv", default=OPENCV, help="versions, with commas between them")
     parser.add_argument("--folder", type=Path, default=Path("runs/architectures"), help="models and results go here")
-    parser.add_argument("--openvino-plugin", type=Path, help="libopencv_dnn_openvino.so for 4.14.0.94: judges it too")
+    parser.add_argument("--openvino-plugin", type=Path, help="judges OpenVINO too, through this plugin")
     parser.add_argument("--size", type=int, default=0, help="side of the images, pixels; 0: the backbone's own")
     parser.add_argument("--again", action="store_true", help="judge those too that have results already")
     args = parser.parse_args()

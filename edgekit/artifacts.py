@@ -13,7 +13,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +188,14 @@ def read_proof(run: RunFolder) -> dict[str, Any]:
     return proof
 
 
+def is_about(row: Mapping[str, Any], version: str) -> bool:
+    """Does a verdict of parity.json speak of an OpenCV: a version and its own engines, or "openvino"?"""
+    if version == "openvino" or row["engine"] == "opencv-openvino":
+        return bool(version == "openvino" and row["engine"] == "opencv-openvino")
+    is_opencv = row["engine"].startswith("opencv-")
+    return is_opencv and runner.opencv_version(row["version"]) == runner.opencv_version(version)
+
+
 def is_exported(run: RunFolder, engine: str) -> bool:
     """Is there a model.onnx, made fast for this engine, with its proof?"""
     try:
@@ -211,6 +219,7 @@ class Tolerances(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     outputs: float
     outputs_other_pixels: float  # where the device's decoder gave other pixels than the workstation's
+    outputs_16bit: float  # where the device computes in fp16 or bf16
 
 
 class Manifest(BaseModel):
@@ -221,6 +230,7 @@ class Manifest(BaseModel):
     edgekit_version: str
     name: str
     target: str
+    arch: tuple[str, ...]  # machine names as `uname -m` or Windows gives them
     spec: dict[str, Any]
     backend: str
     engine: str

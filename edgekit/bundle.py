@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import __version__, runner, tasks
+from edgekit import __version__, plugin, runner, tasks
 from edgekit.artifacts import (
     Manifest,
     RunFolder,
     Tolerances,
     file_table,
+    is_about,
     open_run,
     read_json,
     read_proof,
@@ -29,9 +29,11 @@ from edgekit.artifacts import (
     write_json,
     write_text,
 )
+from edgekit.cuda import cpu_operators
 from edgekit.datasets import read_split
 from edgekit.errors import ArtifactError, ParityError
-from edgekit.parity import OTHER_PIXELS_TOLERANCE
+from edgekit.launch import run_py
+from edgekit.parity import OTHER_PIXELS_TOLERANCE, SIXTEEN_BIT_TOLERANCE
 from edgekit.recipe import recipe_sha256
 from edgekit.targets import Target
 
@@ -48,16 +50,18 @@ class Bundled:
     checked: dict[str, Any]  # what `run.py check --json` said
     proved: tuple[dict[str, str], ...]  # {"opencv", "engine"}, as in the manifest
     refused: tuple[dict[str, str], ...]  # the same, with a "reason"
+    cpu_operators: dict[str, int]  # for CUDA: what runs on the CPU there, with its number
 
 
 def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
     """Builds dist/RUN-TARGET/ and dist/RUN-TARGET.tar.gz; the same inputs give the same bytes.
 
     The bundle's check/ holds real validation images with the trained (torch) network's answers, and its own
-    `run.py check` must pass here, in a process of its own, before the folder appears.
+    `run.py check` must pass here, in a process of its own, before the folder appears: on the target's backend where
+    this machine has it, else on OpenCV's own.
 
-    Raises ArtifactError when the run was not exported or model.onnx is not the one that was proved, ParityError
-    when the check fails.
+    Raises ArtifactError when the run was not exported or model.onnx is not the one that was proved, SetupError when
+    the target needs a plugin that is not in the cache, ParityError when the check fails.
     """
     folder = open_run(run)
     proof = read_proof(folder)
@@ -69,11 +73,14 @@ def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
             f"run `edgekit export {folder.path} --engine {target.engine}` first"
         )
     requirements = _requirements(target, proof)
+    plugin_file = plugin.find_plugin(target.arch[0]) if target.backend == "openvino/cpu" else None
     path = dist / f"{folder.name}-{target.name}"
     with replacing_folder(path) as temporary:
         shutil.copyfile(runner.__file__, temporary / "run.py")
         (temporary / "run.py").chmod(0o755)
         shutil.copyfile(folder.onnx, temporary / "model.onnx")
+        if plugin_file:
+            shutil.copyfile(plugin_file, temporary / runner.PLUGIN_FILE)
         _write_check(folder, temporary / "check")
         write_text(temporary / "requirements.txt", "\n".join(requirements) + "\n")
         write_text(temporary / "README.md", _readme(folder, target))
@@ -82,7 +89,8 @@ def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
         checked = _check(temporary)
     archive = path.with_name(path.name + ".tar.gz")
     write_archive(path, archive)
-    return Bundled(path, archive, archive.stat().st_size, checked, manifest.proved, manifest.refused)
+    operators = cpu_operators(folder.onnx) if target.backend.startswith("cuda") else {}
+    return Bundled(path, archive, archive.stat().st_size, checked, manifest.proved, manifest.refused, operators)
 
 
 def _write_check(folder: RunFolder, check: Path) -> None:
@@ -116,21 +124,20 @@ def _requirements(target: Target, proof: dict[str, Any]) -> list[str]:
     Raises ParityError where that is all of them.
     """
     failed = [version for version in target.prove_on if _rows(proof, version) and not _proved(_rows(proof, version))]
-    if len(failed) == len(target.prove_on):
+    if len(failed) == len(target.prove_on) or (target.backend == "openvino/cpu" and "openvino" in failed):
         raise ParityError(
             f"the network is wrong, or does not run, on every OpenCV of the target {target.name} "
             f"({', '.join(failed)}): choose another backbone (`edgekit backbones`) or target"
         )
-    without = "".join(",!={}.{}.*".format(*version.split(".")) for version in failed)
-    return [line + without if line.startswith("opencv") else line for line in target.requirements]
+    without = "".join(",!={}.{}.*".format(*version.split(".")) for version in failed if version != "openvino")
+    is_pinned = target.backend == "openvino/cpu"  # the plugin is for one OpenCV
+    return [line + without if line.startswith("opencv") and not is_pinned else line for line in target.requirements]
 
 
 def _rows(proof: dict[str, Any], version: str = "") -> list[dict[str, Any]]:
     """What parity.json says of OpenCV's engines, or of those of one version; the fastest first in each version."""
     rows = [row for row in proof["verdicts"] if row["engine"].startswith("opencv-")]
-    rows = [
-        row for row in rows if not version or runner.opencv_version(row["version"]) == runner.opencv_version(version)
-    ]
+    rows = [row for row in rows if not version or is_about(row, version)]
     return sorted(rows, key=lambda row: (runner.opencv_version(row["version"]), row["best_ms"] or math.inf))
 
 
@@ -153,6 +160,7 @@ def _manifest(folder: RunFolder, target: Target, proof: dict[str, Any], files: d
         edgekit_version=__version__,
         name=folder.name,
         target=target.name,
+        arch=target.arch,
         spec=folder.read_spec().to_dict(),
         backend=target.backend,
         engine=target.engine,
@@ -161,7 +169,11 @@ def _manifest(folder: RunFolder, target: Target, proof: dict[str, Any], files: d
         proved=_proved(rows),
         refused=_refused(rows),
         files=files,
-        tolerances=Tolerances(outputs=proof["tolerance"], outputs_other_pixels=OTHER_PIXELS_TOLERANCE),
+        tolerances=Tolerances(
+            outputs=proof["tolerance"],
+            outputs_other_pixels=OTHER_PIXELS_TOLERANCE,
+            outputs_16bit=SIXTEEN_BIT_TOLERANCE,
+        ),
         latency_budget_ms=target.latency_budget_ms,
         provenance=_provenance(folder),
     )
@@ -192,12 +204,12 @@ def _git_revision(folder: Path) -> str | None:
 
 def _check(folder: Path) -> dict[str, Any]:
     """Runs the bundle's own check as the device will. Raises ParityError where it does not pass."""
-    command = [sys.executable, str(folder / "run.py"), "check", "--json"]
+    command = run_py(folder, "check", "--json", "--allow-fallback")
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise ParityError(f"the bundle's check did not end within {CHECK_TIMEOUT_S} s on this machine") from None
-    if answer.returncode not in (0, 1) or not answer.stdout:
+    if answer.returncode not in (0, 1, 3) or not answer.stdout:
         last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         raise ParityError(f"the bundle's run.py failed here (exit {answer.returncode}): {last}")
     checked: dict[str, Any] = json.loads(answer.stdout)
@@ -217,8 +229,8 @@ def _readme(folder: RunFolder, target: Target) -> str:
         name=folder.name,
         target=target.name,
         description=target.description,
-        python=target.python,
-        opencv=target.opencv,
+        needs=f"Python {target.python}, numpy{_OTHERS[target.backend]} and OpenCV {target.opencv}",
+        backend=target.backend,
         install=_indented(target.install),
         classes=f"{len(spec.class_names)} ({classes})",
         size=f"{spec.input_size[1]}×{spec.input_size[0]}",
@@ -230,11 +242,19 @@ def _indented(lines: Sequence[str]) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
+_OTHERS = {
+    "opencv/cpu": "",
+    "openvino/cpu": ", openvino",
+    "cuda/fp32": ", CUDA, cuDNN",
+    "cuda/fp16": ", CUDA, cuDNN",
+}
+
 _README = """# {name} for {target}
 
 {description}
 
-Network input {size} px; classes: {classes}. Needs Python {python}, numpy and OpenCV {opencv}; nothing else.
+Network input {size} px; classes: {classes}. Needs {needs}; nothing else. It runs through {backend}: where that is
+missing, `run.py` says so and stops.
 
 ## Install (once)
 
@@ -246,11 +266,13 @@ Network input {size} px; classes: {classes}. Needs Python {python}, numpy and Op
     python3 run.py infer photo.jpg          # a JSON line an image; also folders, globs, videos, rtsp:// URLs
     python3 run.py infer --camera 0         # live; --draw DIR writes pictures with the answers on them
     python3 run.py bench                    # latency here, stage by stage
+    python3 run.py bench --try-targets      # every engine that is here: is it right, and how fast?
     python3 run.py info                     # what this bundle is
 
 From Python: `from run import Model; Model("path/to/this/folder")(image)` with a BGR image, as cv2.imread gives it.
 
-Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input. `run.py` refuses files that are not those that
-were built. `check/` holds {images} images of the validation data, with the trained network's answers: they travel with
-the bundle, so share it only with who may see them.
+Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input, 3 ok on a fallback (`--allow-fallback`).
+
+`run.py` refuses files that are not those that were built. `check/` holds {images} images of the validation data, with
+the trained network's answers: they travel with the bundle, so share it only with who may see them.
 """

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -44,6 +44,7 @@ app = typer.Typer(
 
 _DEBUG = "EDGEKIT_DEBUG"
 LOADING = "loading torch"
+NONE = "-"  # a setting that has no value
 
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are.")]
 Dist = Annotated[Path, typer.Option("--dist", help="Where bundles go.")]
@@ -101,9 +102,9 @@ def demo(
 
 def _bundle_json(bundle: Path, *args: str) -> dict[str, Any]:
     """Runs a bundle's own run.py in its own process; its JSON answer."""
-    answer = subprocess.run(
-        [sys.executable, str(bundle / "run.py"), *args], capture_output=True, text=True, check=False
-    )
+    from edgekit.launch import run_py
+
+    answer = subprocess.run(run_py(bundle, *args), capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise ArtifactError(f"run.py {args[0]} failed: {answer.stderr.strip()}")
     result: dict[str, Any] = json.loads(answer.stdout)
@@ -333,39 +334,77 @@ def export(
 
 @app.command()
 def verify(
-    run: Run,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN|BUNDLE", help="A run folder (runs/NAME); with --arch a bundle folder.")
+    ],
     opencv: Annotated[
-        str, typer.Option(help="Versions, with commas between: 4.10 (the newest of them) or 4.14.0.94.")
-    ] = ("4.6,4.10,4.14,5.0"),
+        str | None,
+        typer.Option(
+            help="Versions, with commas between: 4.10 (the newest of them), 4.14.0.94 or openvino; with --arch also "
+            "debian-12 and debian-13. Default: 4.6,4.10,4.14,5.0; with --arch those that the bundle names as proved."
+        ),
+    ] = None,
+    arch: Annotated[str, typer.Option(help="Emulate this one and run a BUNDLE's own check there: arm64.")] = "",
+    cpu: Annotated[
+        str, typer.Option(help="With --arch: what is emulated, such as cortex-a53,cortex-a72. Default: cortex-a53.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Prove a run on the OpenCVs that devices have.
+    """Prove a run on the OpenCVs that devices have, or a bundle on arm64.
 
     Each version comes from PyPI into an environment of its own, and each of its engines computes the check images in
     a process of its own: on torch's own input, and from the bytes of the files. parity.json keeps the rows; bundles
     name what was proved, and refuse to run where the network was found wrong.
 
-    Exit code 1 where no engine of a version is right, 3 where a version cannot be had here.
+    With --arch arm64 a bundle's own run.py checks itself on an arm64 Debian, with the OpenCV of PyPI or of that Debian,
+    emulated by qemu: no board is needed, and nothing is said of speed. The bundle stays as it is.
+
+    Exit code 1 where no engine of a version is right (or the bundle refuses it), 3 where a version cannot be had here.
     """
+    versions = _versions(opencv) if opencv is not None else ()
+    if opencv is not None and not versions:
+        raise UsageError("no OpenCV version: give some, such as --opencv 4.10,5.0")
+    if arch or cpu or (run / "manifest.json").is_file():
+        _verify_bundle(run, arch, _versions(cpu) or ("cortex-a53",), versions, as_json)
     from edgekit.artifacts import open_run
 
-    versions = _versions(opencv)
-    if not versions:
-        raise UsageError("no OpenCV version: give some, such as --opencv 4.10,5.0")
     open_run(run)
     from edgekit.progress import display
 
     with display() as show:
         show.busy(LOADING)
         from edgekit import report
+        from edgekit.verify import VERSIONS
         from edgekit.verify import verify as stage
 
-        done = stage(run, versions, progress=show.busy)
+        done = stage(run, versions or VERSIONS, progress=show.busy)
     if as_json:
         _print_json({"run": run, "failed": done.failed, "not_proved": done.not_proved, "verdicts": done.verdicts})
     else:
         _print_table(report.verdicts_table([row for rows in done.verdicts.values() for row in rows]))
     raise typer.Exit(1 if done.failed else 3 if done.not_proved else 0)
+
+
+def _verify_bundle(bundle: Path, arch: str, cpus: tuple[str, ...], opencvs: tuple[str, ...], as_json: bool) -> NoReturn:
+    """verify with a bundle: its own check on an emulated CPU."""
+    if arch != "arm64":
+        raise UsageError(
+            f"a bundle is verified with --arch arm64{f', not {arch}' if arch else ''}; "
+            f"on this machine it checks itself: edgekit run {bundle} check"
+        )
+    from edgekit.arm64 import check_on_arm64
+    from edgekit.progress import display
+
+    with display() as show:
+        rows = check_on_arm64(bundle, opencvs, cpus, progress=show.busy)
+    statuses = {row.status for row in rows}
+    if as_json:
+        _print_json({"bundle": bundle, "arch": arch, "ok": statuses == {"ok"}, "rows": rows})
+    else:
+        from edgekit import report
+
+        _print_table(report.emulated_table(rows))
+    raise typer.Exit(1 if statuses & {"failed", "refused"} else 3 if "not proved" in statuses else 0)
 
 
 @app.command()
@@ -413,16 +452,23 @@ def bundle(
                 "check": done.checked,
                 "proved": done.proved,
                 "refused": done.refused,
+                "cpu_operators": done.cpu_operators,
             }
         )
         return
     rows = done.checked["images"]
     typer.echo(f"{done.path} and {done.archive.name} ({done.size_bytes / 1e6:.1f} MB)")
+    here = done.checked["conditions"]
     typer.echo(
-        f"check passed here: {len(rows)} of {len(rows)} images as trained, "
-        f"OpenCV {done.checked['conditions']['opencv']}"
+        f"check passed here: {len(rows)} of {len(rows)} images as trained, OpenCV {here['opencv']}, "
+        f"{here['backend']} ({here['engine']} engine, {here['precision']})"
     )
+    if here["fallback"]:
+        typer.echo(f"not checked on {chosen.backend}: {here['fallback']}. `run.py check` on the device will")
     typer.echo(f"proved on OpenCV {_listed(done.proved)}")
+    if done.cpu_operators:
+        counts = ", ".join(f"{name} ({count})" for name, count in done.cpu_operators.items())
+        typer.echo(f"OpenCV's CUDA has no form of these operators, which run on the CPU there: {counts}")
     if done.refused:
         typer.echo(f"refuses OpenCV {_listed(done.refused)}: the network does not compute there what was trained")
     typer.echo(f"next: copy {done.archive.name} to the device, unpack it there, python3 run.py check")
@@ -447,36 +493,15 @@ def run(
 
     For example: edgekit run dist/NAME-cpu infer photo.jpg
     """
-    script = bundle / "run.py"
-    if not script.is_file():
+    if not (bundle / "run.py").is_file():
         raise ArtifactError(f"no bundle at {bundle} (it has no run.py): make one with `edgekit bundle RUN`")
+    from edgekit.launch import run_py
+
     try:
-        code = subprocess.run([sys.executable, str(script), *(args or [])], check=False).returncode
+        code = subprocess.run(run_py(bundle, *(args or [])), check=False).returncode
     except KeyboardInterrupt:  # the child had it too, and has ended
         code = 130
     raise typer.Exit(code)
-
-
-@app.command()
-def targets(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Show this one.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Show the devices that bundles are built for.
-
-    With a NAME, all about that one. `edgekit bundle RUN --target my-board.toml` takes a file of your own.
-    """
-    from edgekit.targets import read_target, target_names
-
-    chosen = [read_target(name)] if name else [read_target(each) for each in target_names()]
-    if as_json:
-        _print_json([target.model_dump(mode="json") for target in chosen])
-    elif name:
-        for key, value in chosen[0].model_dump(mode="json").items():
-            typer.echo(f"{key:<18} {', '.join(map(str, value)) if isinstance(value, list) else value}")
-    else:
-        for target in chosen:
-            typer.echo(f"{target.name:<12} {target.description}")
 
 
 @app.command()
@@ -565,6 +590,48 @@ def _print_findings(findings: Iterable[Finding]) -> None:
     for finding in findings:
         advice = f"  → {finding.advice}" if finding.advice else ""
         typer.echo(f"{marks[finding.ok]:<8} {finding.topic:<22} {finding.value}{advice}")
+
+
+targets = typer.Typer(help="Show the devices that bundles are built for.", rich_markup_mode=None)
+app.add_typer(targets, name="targets")
+
+
+@targets.callback(invoke_without_command=True)
+def _list_targets(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show the devices that bundles are built for.
+
+    `edgekit targets show NAME` explains one. `edgekit bundle RUN --target my-board.toml` takes a file of your own
+    (docs/targets.md).
+    """
+    if context.invoked_subcommand:
+        return
+    from edgekit.targets import read_target, target_names
+
+    chosen = [read_target(name) for name in target_names()]
+    if as_json:
+        _print_json([target.model_dump(mode="json") for target in chosen])
+        return
+    for target in chosen:
+        typer.echo(f"{target.name:<13} {target.backend:<13} {target.description}")
+
+
+@targets.command("show")
+def _show_target(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `edgekit targets`, or a .toml file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Explain one: what each setting is, and what it means."""
+    from edgekit.targets import Target, read_target
+
+    target = read_target(name)
+    if as_json:
+        _print_json(target.model_dump(mode="json"))
+        return
+    for key, value in target.model_dump(mode="json").items():
+        shown = [NONE] if value is None else [str(line) for line in value] if isinstance(value, list) else [str(value)]
+        separator = "\n" + " " * 19 if key in ("install", "requirements") else ", "
+        typer.echo(f"{key:<18} {separator.join(shown)}")
+        typer.echo(f"{'':<18} {Target.model_fields[key].description}\n")
 
 
 opencv_app = typer.Typer(

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -55,38 +56,54 @@ def environment(name: str, *requirements: str) -> Path:
     return python
 
 
+def site_packages(folder: Path, arguments: Sequence[str], *, platform: str, python: str) -> None:
+    """Fills a new folder with wheels for another machine, whole or not at all; nothing of them is run.
+
+    arguments: requirements, "-r" and a file of them, "--no-deps". platform: as uv names it ("aarch64-manylinux_2_36").
+    python: such as "3.11". Raises SetupError where they cannot be had.
+    """
+    wanted = ("--python-platform", platform, "--python-version", python, "--only-binary", ":all:")
+    with making(folder) as made:
+        try:
+            _uv(made.parent, "pip", "install", "--target", str(made), *wanted, *arguments)
+        except SetupError as error:
+            wheels = " and ".join(argument for argument in arguments if not argument.startswith("-"))
+            raise SetupError(f"cannot fetch wheels of {wheels} for {platform}: {error}") from None
+
+
 def unpack_wheel(requirement: str, platform: str, folder: Path) -> None:
-    """Unpacks a wheel for any platform, as uv names them ("aarch64-manylinux_2_35"), into a new folder: whole or not.
+    """Unpacks one wheel for any platform, as uv names them ("aarch64-manylinux_2_35"), into a new folder: whole or not.
 
     Raises SetupError where it cannot be had.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as temporary:
-        made = Path(temporary, "wheel")
-        wanted = ("--target", str(made), "--python-platform", platform, "--python-version", "3.12", requirement)
-        try:
-            _uv(made.parent, "pip", "install", "--no-deps", "--only-binary", ":all:", *wanted)
-        except SetupError as error:
-            raise SetupError(f"cannot fetch the wheel of {requirement} for {platform}: {error}") from None
-        made.rename(folder)
+    site_packages(folder, ["--no-deps", requirement], platform=platform, python="3.12")
 
 
-def _make(folder: Path, requirements: list[str]) -> None:
-    """Makes the environment beside its place and moves it there, so that a half-made one is never used."""
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Gives a path beside a folder and moves what was made there to its place, so that a half-made one is never used.
+
+    Where another process was first, its folder stays and this one is dropped.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
-        made = Path(temporary, "venv")
-        try:
-            _uv(made.parent, "venv", "--python", sys.executable, "--relocatable", str(made))
-            _uv(made.parent, "pip", "install", "--only-binary", ":all:", "--python", str(made), *requirements)
-        except SetupError as error:
-            raise SetupError(f"cannot make an environment with {' and '.join(requirements)}: {error}") from None
+        made = Path(temporary, "made")
+        yield made
         try:
             made.rename(folder)
         except OSError:  # another process was first
             if not folder.is_dir():
                 raise
-            shutil.rmtree(made, ignore_errors=True)
+
+
+def _make(folder: Path, requirements: list[str]) -> None:
+    """Makes the environment."""
+    with making(folder) as made:
+        try:
+            _uv(made.parent, "venv", "--python", sys.executable, "--relocatable", str(made))
+            _uv(made.parent, "pip", "install", "--only-binary", ":all:", "--python", str(made), *requirements)
+        except SetupError as error:
+            raise SetupError(f"cannot make an environment with {' and '.join(requirements)}: {error}") from None
 
 
 def _uv(folder: Path, *arguments: str) -> None:

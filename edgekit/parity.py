@@ -32,6 +32,8 @@ Arrays = dict[str, np.ndarray]
 
 # Another JPEG decoder may move a pixel by a level or two; a conversion fault moves the outputs far more.
 OTHER_PIXELS_TOLERANCE = 0.05
+# bfloat16 keeps 8 bits of a number, so each layer rounds at 0.4 %; in fifty layers the roundings mostly cancel.
+SIXTEEN_BIT_TOLERANCE = 0.05
 DISCOVERY_TIMEOUT_S = 60.0
 PROBES_PER_TIMEOUT = 8  # the search for the first difference may take as long as one run; a probe this part of it
 # Asked of the runner itself, so that there is one definition of the engines.
@@ -45,7 +47,7 @@ ASK_ENGINES = (
 class Verdict:
     """What one engine makes of a model."""
 
-    engine: str  # "onnxruntime", "opencv-classic" or "opencv-new"
+    engine: str  # "onnxruntime", or "opencv-" with one of runner.ENGINES
     version: str  # of ONNX Runtime or OpenCV
     status: Status
     relative_error: float | None  # largest difference as a share of the output's largest value; None: no figure
@@ -53,6 +55,7 @@ class Verdict:
     first_difference: str  # the first node that goes wrong, in words; "" where ok, and for ONNX Runtime
     end_to_end_error: float | None = None  # as relative_error, from the bytes of image files; None: not measured
     best_ms: float | None = None  # the fastest forward pass there, in a process of its own; None: not measured
+    precision: str = "fp32"  # of the arithmetic: where it is "fp16" or "bf16", SIXTEEN_BIT_TOLERANCE holds
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class OpenCV:
     python: Path
     version: str
     engines: tuple[str, ...]
+    plugin: Path | None = None  # gives it OpenVINO; then that is the one engine meant
 
 
 @dataclass(frozen=True)
@@ -85,16 +89,18 @@ def compare(
     tolerance: float,
     timeout_s: float = 120.0,
     python: Path | None = None,
+    plugin: Path | None = None,
 ) -> tuple[Verdict, ...]:
     """Runs an ONNX file through ONNX Runtime and every engine of an OpenCV, and judges each.
 
     blobs: float32 (N, 3, h, w), fed one at a time. expected: the source's outputs by name, (N, ...) each.
     tolerance: largest allowed difference, as a share of an output's largest value in that sample.
     timeout_s: for one engine, over all samples. The search for the first difference may take as long again.
-    python: the interpreter whose OpenCV is meant; None: this one.
+    python: the interpreter whose OpenCV is meant; None: this one. plugin: judge OpenVINO through this plugin there,
+    and none of OpenCV's own engines.
     Raises SetupError where that interpreter has no usable OpenCV. All else is in the verdicts.
     """
-    opencv = find_opencv(python)
+    opencv = find_opencv(python, plugin)
     run = _mask_path(_run_onnxruntime(model, blobs), model)
     verdicts = [_judge("onnxruntime", onnxruntime.__version__, run, expected, tolerance)]
     for engine in opencv.engines:
@@ -103,7 +109,8 @@ def compare(
         verdict = _judge(f"opencv-{engine}", opencv.version, run, expected, tolerance)
         if verdict.status != "ok":
             worst = _worst_sample(run.arrays, expected)
-            found = _first_difference(model, blobs[worst][None], verdict.status, forward, tolerance, timeout_s)
+            limit = _tolerance(run, tolerance)
+            found = _first_difference(model, blobs[worst][None], verdict.status, forward, limit, timeout_s)
             verdict = replace(verdict, first_difference=found)
         verdicts.append(verdict)
     return tuple(verdicts)
@@ -121,6 +128,7 @@ def compare_files(
     tolerance_other_pixels: float,
     timeout_s: float = 120.0,
     python: Path | None = None,
+    plugin: Path | None = None,
 ) -> tuple[Verdict, ...]:
     """The verdicts, those of OpenCV's engines that are "ok" put to one more proof: from image files to outputs.
 
@@ -128,7 +136,7 @@ def compare_files(
     OpenCV there gives other pixels, `tolerance_other_pixels` holds for that image. expected: the source's outputs,
     (N, ...) each. Raises SetupError where the interpreter has no usable OpenCV.
     """
-    opencv = find_opencv(python)
+    opencv = find_opencv(python, plugin)
     source = ["--spec", str(spec.resolve()), "--images", *(str(image.resolve()) for image in images)]
 
     def prove(verdict: Verdict) -> Verdict:
@@ -138,7 +146,7 @@ def compare_files(
         if run.status != "ok":
             return replace(verdict, status=run.status, message=f"from image files: {run.message}")
         same = np.array(run.answer["pixels_sha256"]) == np.array(pixels_sha256)
-        allowed = np.where(same, tolerance, tolerance_other_pixels)
+        allowed = np.where(same, _tolerance(run, tolerance), _tolerance(run, tolerance_other_pixels))
         errors = np.max([_relative_errors(run.arrays.get(name), want) for name, want in expected.items()], axis=0)
         worst = float(errors.max())
         verdict = replace(
@@ -182,8 +190,8 @@ def describe(verdict: Verdict) -> str:
     return text + (f" (first difference: {verdict.first_difference})" if verdict.first_difference else "")
 
 
-def find_opencv(python: Path | None = None) -> OpenCV:
-    """The OpenCV that an interpreter (None: this one) imports, asked in a child process.
+def find_opencv(python: Path | None = None, plugin: Path | None = None) -> OpenCV:
+    """The OpenCV that an interpreter (None: this one) imports, asked in a child process; plugin: as for `compare`.
 
     Raises SetupError where there is none, or it does not import.
     """
@@ -197,7 +205,7 @@ def find_opencv(python: Path | None = None) -> OpenCV:
     except ValueError:
         reason = _last_line(child.stderr) or "it said nothing"
         raise SetupError(f"no usable OpenCV in {python}: {reason}. Install opencv-python-headless there") from None
-    return OpenCV(python, version, tuple(engines))
+    return OpenCV(python, version, ("openvino",) if plugin else tuple(engines), plugin)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,6 +243,7 @@ def _run_opencv(opencv: OpenCV, engine: str, model: Path, source: list[str], tim
         # -I: neither the user's variables nor the package's own folder decide what the child imports
         command = [str(opencv.python), "-I", str(runner.__file__), "forward", "--model", str(model.resolve())]
         command += ["--engine", engine, "--output", str(answer), *source]
+        command += ["--plugin", str(opencv.plugin.resolve())] if opencv.plugin else []
         try:
             child = _run_child(command, timeout_s, folder)
         except subprocess.TimeoutExpired:
@@ -270,6 +279,8 @@ def _read_answer(child: subprocess.CompletedProcess[str], engine: str, answer: P
         return _Run("raised", f"the runner gave no answer that can be read: {_last_line(child.stdout)!r}", {}, {})
     if used != engine:
         return _Run("raised", f"OpenCV ran its {used} engine, though {engine} was asked for", {}, {})
+    if engine == "openvino" and not said["ran_on"].startswith("OpenVINO"):
+        return _Run("raised", f"OpenCV ran it on {said['ran_on']}, though OpenVINO was asked for", {}, {})
     return run
 
 
@@ -302,6 +313,7 @@ def _mask_path(run: _Run, model: Path) -> _Run:
 
 def _judge(engine: str, version: str, run: _Run, expected: Arrays, tolerance: float) -> Verdict:
     status, message = run.status, run.message
+    tolerance = _tolerance(run, tolerance)
     relative_error: float | None = None
     if status == "ok":
         errors = {name: float(_relative_errors(run.arrays.get(name), want).max()) for name, want in expected.items()}
@@ -310,7 +322,16 @@ def _judge(engine: str, version: str, run: _Run, expected: Arrays, tolerance: fl
         if not errors[worst] <= tolerance:
             status = "wrong"
             message = f"output {worst!r} {_fault(run.arrays.get(worst), expected[worst], errors[worst], tolerance)}"
-    return Verdict(engine, version, status, relative_error, message, "")
+    return Verdict(engine, version, status, relative_error, message, "", precision=_precision(run))
+
+
+def _precision(run: _Run) -> str:
+    return str(run.answer.get("precision", "fp32"))
+
+
+def _tolerance(run: _Run, tolerance: float) -> float:
+    """What is allowed for the arithmetic that ran."""
+    return tolerance if _precision(run) == "fp32" else max(tolerance, SIXTEEN_BIT_TOLERANCE)
 
 
 def _fault(actual: np.ndarray | None, expected: np.ndarray, error: float, tolerance: float) -> str:

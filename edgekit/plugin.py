@@ -101,6 +101,11 @@ def plugin_path(arch: str) -> Path:
     return cache_folder() / "plugins" / f"openvino-{OPENCV}-{OPENVINO}-{arch}" / FILE_NAME
 
 
+def openvino_python() -> Path:
+    """The interpreter of an environment with the OpenCV and the OpenVINO that the plugin is for. Raises SetupError."""
+    return opencv_python(OPENCV, f"openvino=={OPENVINO}")
+
+
 def read_plugin(path: Path, arch: str) -> PluginFile:
     """Checks that a file is the plugin for this architecture, our OpenCV and our OpenVINO. Raises ArtifactError."""
     try:

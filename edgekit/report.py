@@ -23,6 +23,7 @@ from edgekit.pictures import THEMES, ThemeName, confusion_picture, curves_pictur
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from edgekit.arm64 import Emulated
     from edgekit.backbones import Backbone
     from edgekit.parity import Verdict
     from edgekit.timing import Timing
@@ -140,6 +141,20 @@ def verdicts_table(verdicts: Iterable[Verdict]) -> Table:
     return _table(rows, left=(1, 2, 6), caption=caption)
 
 
+def emulated_table(rows: Sequence[Emulated]) -> Table:
+    """What a bundle's own check said on each emulated CPU with each OpenCV."""
+    table = [["CPU", "OpenCV", "engine", "status", "images", "error", "s", "why"]]
+    for row in rows:
+        opencv = f"{row.opencv} ({row.found})" if row.found else row.opencv
+        seconds = f"{row.seconds:.0f}" if row.seconds else NOTHING
+        counts = [str(row.images or NOTHING), _error(row.relative_error), seconds]
+        table.append([row.cpu, opencv, row.engine or NOTHING, row.status, *counts, row.reason])
+    if not any(row.reason for row in rows):
+        table = [cells[:-1] for cells in table]
+    caption = "error: share of the largest output; s: the check's seconds under emulation, which say nothing of speed"
+    return _table(table, left=(1, 2, 3, 7), caption=caption)
+
+
 def problems_table(problems: Iterable[Problem]) -> Table:
     """What the data check found, a row a kind: how many, whether it stops training, and one example."""
     kinds: dict[tuple[bool, str], list[Problem]] = defaultdict(list)
@@ -242,6 +257,7 @@ _CELL_STYLES = {
     "died": "bold red",
     "timed out": "bold red",
     "failed": "bold red",
+    "refused": "bold red",
 }
 
 

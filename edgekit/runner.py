@@ -12,7 +12,8 @@ read from its output, are made by the same code everywhere.
     from run import Model
     results = Model("bundle")(cv2.imread("photo.jpg"))
 
-Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input, 130 interrupted.
+Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input, 3 ok, but on another backend than the bundle is for
+(--allow-fallback), 130 interrupted.
 Python >= 3.8, OpenCV >= 4.5.4 and 5.0, numpy 1 and 2.
 """
 
@@ -20,13 +21,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -251,8 +255,114 @@ def opencv_version(text: str = cv2.__version__) -> tuple[int, int, int]:
 
 
 def engines() -> tuple[str, ...]:
-    """The inference engines of this OpenCV: "classic" in 4.x; "new", its default, and "classic" in 5.0."""
+    """OpenCV's own inference engines here: "classic" in 4.x; "new", its default, and "classic" in 5.0."""
     return ("new", "classic") if hasattr(cv2.dnn, "ENGINE_NEW") else ("classic",)
+
+
+# What computes a network: an engine of OpenCV's own, or a library behind it. Of each backend the best engine first.
+BACKENDS = {
+    "opencv/cpu": ("new", "classic"),
+    "openvino/cpu": ("openvino",),
+    "cuda/fp32": ("cuda",),
+    "cuda/fp16": ("cuda-fp16",),
+}
+ENGINES = tuple(engine for names in BACKENDS.values() for engine in names)
+
+
+def _pair(engine: str) -> tuple[int, int]:
+    """cv2.dnn's (backend, target) of an engine."""
+    return {
+        "openvino": (cv2.dnn.DNN_BACKEND_INFERENCE_ENGINE, cv2.dnn.DNN_TARGET_CPU),
+        "cuda": (cv2.dnn.DNN_BACKEND_CUDA, cv2.dnn.DNN_TARGET_CUDA),
+        "cuda-fp16": (cv2.dnn.DNN_BACKEND_CUDA, cv2.dnn.DNN_TARGET_CUDA_FP16),
+    }.get(engine, (cv2.dnn.DNN_BACKEND_OPENCV, cv2.dnn.DNN_TARGET_CPU))
+
+
+def _is_here(engine: str) -> bool:
+    """Has this OpenCV the engine's backend? Asking for one that it lacks may run on the CPU, silently."""
+    backend, target = _pair(engine)
+    return target in cv2.dnn.getAvailableTargets(backend)
+
+
+def why_missing(engine: str, plugin: Path | None = None, threads: int = 0) -> str:
+    """ "" where this machine can open an engine, else what is missing. plugin, threads: as Session takes them."""
+    if engine in BACKENDS["opencv/cpu"]:
+        have = ", ".join(engines())
+        return "" if engine in engines() else f"OpenCV {cv2.__version__} has no engine {engine!r} (it has: {have})"
+    if engine == "openvino":
+        has_own, reason = _is_built_with_openvino(), "there is no plugin for it"
+        if plugin and not has_own:
+            reason = _load_openvino(plugin, threads)
+        return "" if _is_here(engine) else f"OpenCV {cv2.__version__} has no OpenVINO: {reason or 'it took no plugin'}"
+    if _is_here(engine):
+        return ""
+    if cv2.dnn.getAvailableTargets(cv2.dnn.DNN_BACKEND_CUDA):
+        return "this GPU has no fp16 in OpenCV's CUDA backend"
+    return (
+        f"OpenCV {cv2.__version__} has no CUDA backend, or sees no GPU (the wheels on PyPI have none; "
+        "`edgekit opencv add cuda` builds one that has, on the device)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# OpenVINO: a plugin gives it to the stock wheel, and the Python package `openvino` has its libraries
+
+PLUGIN_FILE = "libopencv_dnn_openvino.so"
+PRECISION_VARIABLE = "OPENCV_DNN_OPENVINO_PRECISION"  # read by plugins that `edgekit opencv add openvino` builds
+
+
+def _is_built_with_openvino() -> bool:
+    """Whether it is in this OpenCV itself: no plugin is looked at then."""
+    return re.search(r"OpenVINO:\s+YES", cv2.getBuildInformation()) is not None
+
+
+def _load_openvino(plugin: Path, threads: int) -> str:
+    """Makes a plugin known to OpenCV, which looks for it once, when the backend is first asked for.
+
+    → "" or the reason why it cannot work. The variables and libraries are this process's own.
+    """
+    try:
+        data = plugin.read_bytes()
+    except OSError as error:
+        return f"cannot read {plugin} ({error.strerror})"
+    made_for = re.search(rb"OpenCV version is '(\d+\.\d+\.\d+)'", data)
+    if made_for and made_for.group(1).decode() != "{}.{}.{}".format(*opencv_version()):
+        return f"the plugin is for OpenCV {made_for.group(1).decode()} only"
+    needed = re.search(rb"libopenvino\.so\.\d+", data)
+    package = importlib.util.find_spec("openvino")
+    if package is None or not package.submodule_search_locations:
+        return "the Python package openvino is not installed"
+    libraries = Path(package.submodule_search_locations[0], "libs")
+    names = ("libtbb.so.12", needed.group().decode() if needed else "libopenvino.so")
+    try:
+        for name in names:  # the plugin's own run path does not lead there, but what is loaded is not looked for
+            ctypes.CDLL(str(libraries / name), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return f"the package openvino is not the version that the plugin is for ({_first_line(error)})"
+    os.environ["OPENCV_DNN_PLUGIN_PATH"] = str(plugin.resolve().parent)
+    if threads:  # cv2.setNumThreads does not reach the plugin's own copy of OpenCV's core
+        os.environ["OPENCV_FOR_THREADS_NUM"] = str(threads)
+    return ""
+
+
+def _openvino_precision(plugin: Path | None) -> str:
+    """What OpenVINO computes a float32 network in. By itself it takes 16 bits on every CPU that has them."""
+    asked = "auto"
+    if plugin and not _is_built_with_openvino() and PRECISION_VARIABLE.encode() in plugin.read_bytes():
+        asked = os.environ.get(PRECISION_VARIABLE, "f32")
+    if asked != "auto":
+        return {"f32": "fp32", "f16": "fp16"}.get(asked, asked)
+    has = set(_cpuinfo().split())
+    if has & {"avx512_bf16", "amx_bf16"}:
+        return "bf16"
+    return "fp16" if has & {"asimdhp", "avx512_fp16", "amx_fp16"} else "fp32"
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        return ""
 
 
 class Session:
@@ -261,11 +371,17 @@ class Session:
     (Switching the backend of a live net gives wrong results: opencv #14965.)
     """
 
-    def __init__(self, model: Path, engine: str = "auto", threads: int = 0) -> None:
-        """engine: "auto", or one of engines(). threads: 0 leaves OpenCV's choice. Raises RunnerError."""
-        if engine not in ("auto", *engines()):
-            have = ", ".join(engines())
-            raise RunnerError(f"OpenCV {cv2.__version__} has no engine {engine!r} (it has: {have})")
+    def __init__(self, model: Path, engine: str = "auto", threads: int = 0, plugin: Path | None = None) -> None:
+        """engine: one of ENGINES, or "auto": OpenCV's own choice of its own. threads: 0 leaves OpenCV's choice.
+
+        plugin: the file that gives this OpenCV its OpenVINO backend; the first one in a process counts, with its
+        threads. Raises RunnerError, also where the engine is not here: another one is never taken instead.
+        """
+        if engine not in ("auto", *ENGINES):
+            raise RunnerError(f"no engine is called {engine!r} (there are: {', '.join(ENGINES)})")
+        missing = "" if engine == "auto" else why_missing(engine, plugin, threads)
+        if missing:
+            raise RunnerError(missing)
         if threads:
             cv2.setNumThreads(threads)
         try:
@@ -275,12 +391,18 @@ class Session:
         if self._net.empty():  # 5.0's new engine gives such a net where 4.x raises
             raise RunnerError(f"OpenCV {cv2.__version__} cannot load {model}")
         self._output_names = list(self._net.getUnconnectedOutLayersNames())
-        # 5.0 may fall back to classic, so what runs is seen, not assumed: only classic has an input layer.
-        self.engine = "classic" if "__NetInputLayer__" in self._net.getLayerTypes() else "new"
-        if self.engine == "classic":  # a build with OpenVINO would take that by itself
-            self._net.setPreferableBackend(cv2.dnn.DNN_BACKEND_OPENCV)
-            self._net.setPreferableTarget(cv2.dnn.DNN_TARGET_CPU)
-        self.threads = cv2.getNumThreads()
+        self.engine = engine
+        if engine in ("auto", *BACKENDS["opencv/cpu"]):
+            # 5.0 may fall back to classic, so what runs is seen, not assumed: only classic has an input layer.
+            self.engine = "classic" if "__NetInputLayer__" in self._net.getLayerTypes() else "new"
+        if self.engine not in ("new", "openvino"):  # a build with OpenVINO would take that by itself
+            backend, target = _pair(self.engine)
+            self._net.setPreferableBackend(backend)
+            self._net.setPreferableTarget(target)
+        self.backend = next(backend for backend, names in BACKENDS.items() if self.engine in names)
+        own = {"openvino": _openvino_precision(plugin), "cuda-fp16": "fp16"}
+        self.precision = own.get(self.engine, "fp32")  # of the arithmetic, whatever the file holds
+        self.threads = threads if threads and self.engine == "openvino" else cv2.getNumThreads()
 
     def __call__(self, blob: np.ndarray) -> Outputs:
         """float32 (1, 3, h, w) → {output name: float32 array}. Raises RunnerError where OpenCV fails."""
@@ -291,12 +413,24 @@ class Session:
             raise RunnerError(f"OpenCV {cv2.__version__} cannot run the model: {_first_line(error)}") from None
         return dict(zip(self._output_names, arrays))
 
+    def ran_on(self) -> str:
+        """After an answer: where, as OpenCV's own record of the network tells: "OpenVINO/CPU", "OCV/CPU", "CUDA/CUDA".
+
+        Empty for 5.0's new engine, which has no other place. A layer that CUDA lacks runs on the CPU all the same, and
+        only OpenCV's log says so (OPENCV_LOG_LEVEL=INFO).
+        """
+        if self.engine == "new":
+            return ""
+        return ", ".join(sorted(set(re.findall(r"\\l([A-Za-z]+/[A-Z0-9_]+)\\n", self._net.dump()))))
+
 
 def _read_net(model: str, engine: str) -> Any:
+    if engine == "openvino":  # the whole file is OpenVINO's own to read: no fault of OpenCV's importer, and int8 stays
+        return cv2.dnn.readNet(model, "", "openvino")
     if len(engines()) == 1:  # the argument does not exist in 4.x
         return cv2.dnn.readNetFromONNX(model)
-    codes = {"auto": cv2.dnn.ENGINE_AUTO, "new": cv2.dnn.ENGINE_NEW, "classic": cv2.dnn.ENGINE_CLASSIC}
-    return cv2.dnn.readNetFromONNX(model, codes[engine])
+    codes = {"auto": cv2.dnn.ENGINE_AUTO, "new": cv2.dnn.ENGINE_NEW}  # CUDA works with the classic one only
+    return cv2.dnn.readNetFromONNX(model, codes.get(engine, cv2.dnn.ENGINE_CLASSIC))
 
 
 def _opencv_path(path: os.PathLike[str] | str) -> str:
@@ -357,19 +491,36 @@ def read_manifest(bundle: Path) -> dict[str, Any]:
 class Model:
     """A bundle, verified and loaded: `Model("bundle")(image)`."""
 
-    def __init__(self, bundle: os.PathLike[str] | str, threads: int | None = None, engine: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: os.PathLike[str] | str,
+        threads: int | None = None,
+        engine: str | None = None,
+        allow_fallback: bool = False,
+    ) -> None:
         """threads: None takes the manifest's, 0 OpenCV's choice. engine: None takes the fastest that was proved here.
+
+        allow_fallback: on a machine that lacks the bundle's backend, or is of another kind than the bundle's, use
+        OpenCV's own engines on the CPU, and say why in `fallback`.
 
         Raises RunnerError, also where the network was found wrong on this OpenCV.
         """
         self.bundle = Path(bundle)
         self.manifest = read_manifest(self.bundle)
         self.spec = Spec.from_dict(self.manifest["spec"])
-        self.session = Session(
-            self.bundle / "model.onnx",
-            engine=choose_engine(self.manifest, engine or "auto"),
-            threads=self.manifest["threads"] if threads is None else threads,
-        )
+        threads = self.manifest["threads"] if threads is None else threads
+        file = self.bundle / PLUGIN_FILE
+        plugin = file if file.is_file() else None
+        reason = misplaced(self.manifest, plugin, threads, engine)
+        if reason and not allow_fallback:
+            raise RunnerError(
+                f"{reason}. `python3 -m pip install -r requirements.txt` brings what can be had from PyPI; README.md "
+                "says the rest. To run on OpenCV's own engine all the same: --allow-fallback"
+            )
+        self.fallback = reason  # "" where the bundle runs on what it was built for
+        backend = backend_of(engine) if engine else "opencv/cpu" if reason else self.manifest["backend"]
+        chosen = choose_engine(self.manifest, engine, backend)
+        self.session = Session(self.bundle / "model.onnx", chosen, threads, plugin)
 
     def __call__(self, image: np.ndarray, top_k: int = 5) -> Results:
         """uint8 (H, W, 3) BGR → results, best first, as the task's postprocessing defines them."""
@@ -380,8 +531,9 @@ class Model:
         return {
             "opencv": cv2.__version__,
             "engine": self.session.engine,
-            "backend": self.manifest["backend"],
-            "precision": self.manifest["precision"],
+            "backend": self.session.backend,
+            "fallback": self.fallback,
+            "precision": self.session.precision,
             "threads": self.session.threads,
             "machine": platform.machine(),
             "cpu": cpu_name(),
@@ -390,18 +542,46 @@ class Model:
         }
 
 
+def misplaced(manifest: dict[str, Any], plugin: Path | None, threads: int, engine: str | None) -> str:
+    """Why a bundle is not at home on this machine, with this engine (None: the bundle's own); "" where it is."""
+    machine, backend = platform.machine(), manifest["backend"]
+    if machine not in manifest["arch"]:
+        where = ", ".join(manifest["arch"])
+        return f"this bundle is for {manifest['target']} ({where}), and this machine is {machine}"
+    if engine is not None and backend_of(engine) != backend:
+        return f"this bundle is to run through {backend}, and the engine {engine} belongs to {backend_of(engine)}"
+    if backend == "opencv/cpu":  # which of its engines, choose_engine finds
+        return ""
+    missing = why_missing(BACKENDS[backend][0], plugin, threads)
+    return f"this bundle is to run through {backend}, and {missing}" if missing else ""
+
+
 def engines_here(rows: list[dict[str, str]]) -> list[str]:
     """The engines of those rows of the manifest's "proved" or "refused" that speak of this OpenCV, in their order."""
     return [row["engine"] for row in rows if opencv_version(row["opencv"]) == opencv_version()]
 
 
-def choose_engine(manifest: dict[str, Any], asked: str = "auto") -> str:
-    """The engine to open: the one asked for, else the fastest that was proved here, else "auto".
+def backend_of(engine: str) -> str:
+    """The backend that an engine belongs to. Raises RunnerError for an unknown name."""
+    for backend, names in BACKENDS.items():
+        if engine in names:
+            return backend
+    raise RunnerError(f"no engine is called {engine!r} (there are: {', '.join(ENGINES)})")
 
-    Raises RunnerError where the network was found wrong with it on this OpenCV.
+
+def choose_engine(manifest: dict[str, Any], asked: str | None, backend: str) -> str:
+    """The engine to open: the one asked for, else the backend's fastest that was proved on this OpenCV.
+
+    Where none was proved it is the backend's only one, and "auto" for OpenCV's own. Raises RunnerError where the
+    network was found wrong with it on this OpenCV.
     """
-    proved, refused = engines_here(manifest["proved"]), engines_here(manifest["refused"])
-    engine = proved[0] if asked == "auto" and proved else asked
+    proved, refused = (
+        [engine for engine in engines_here(manifest[rows]) if engine in BACKENDS[backend]]
+        for rows in ("proved", "refused")
+    )
+    engine = asked or (proved or ["auto" if backend == "opencv/cpu" else BACKENDS[backend][0]])[0]
+    if backend.startswith("cuda") and "classic" in engines_here(manifest["refused"]):
+        refused.append(engine)  # CUDA has the network from the classic importer
     if engine in refused or (engine == "auto" and refused):
         right = ", ".join(f"{row['opencv']} ({row['engine']})" for row in manifest["proved"]) or "none"
         raise RunnerError(
@@ -637,7 +817,8 @@ def check(model: Model) -> list[dict[str, Any]]:
     → a row an image: {"file", "ok", "pixels_identical", "relative_error", "expected", "actual", "reason"}.
     relative_error: largest difference of any output, as a share of that output's largest value.
     Where the decoded and resized pixels are the workstation's, bit for bit, the outputs must agree within the
-    manifest's tolerance. Where another JPEG decoder gave other pixels, the looser `outputs_other_pixels` holds.
+    manifest's tolerance. Where another JPEG decoder gave other pixels, the looser `outputs_other_pixels` holds, and
+    where the arithmetic has 16 bits, `outputs_16bit`.
     """
     return [_check_image(model, row) for row in _expected(model)]
 
@@ -658,7 +839,9 @@ def _check_image(model: Model, expected: dict[str, Any]) -> dict[str, Any]:
         outputs = model.session(normalize(pixels[None], model.spec))
     except RunnerError as error:
         reason = str(error)
-    tolerance = tolerances["outputs" if identical else "outputs_other_pixels"]
+    allowed = ["outputs"] if identical else ["outputs", "outputs_other_pixels"]
+    allowed += [] if model.session.precision == "fp32" else ["outputs_16bit"]
+    tolerance = max(tolerances[name] for name in allowed)
     relative_error = max(
         relative_difference(outputs.get(name), np.array(values, np.float32))
         for name, values in expected["outputs"].items()
@@ -746,7 +929,7 @@ def _infer(args: argparse.Namespace) -> int:
     sources = [*args.sources, *(_read_list(args.list) if args.list else ())]
     if bool(sources) == (args.camera is not None):
         raise RunnerError("infer needs a SOURCE (image, folder, glob, video, URL) or --list FILE, or else --camera N")
-    model = Model(args.bundle, args.threads, args.engine)
+    model = _open(args)
     _warn_unproved(model)
     stream = frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True)
     drawings = Drawings(args.draw) if args.draw else None
@@ -754,7 +937,8 @@ def _infer(args: argparse.Namespace) -> int:
     try:
         for count, frame in enumerate(stream, start=1):
             results, error = _answer(model, frame, args.top_k)
-            print(json.dumps(_line(frame, results, error), ensure_ascii=False), flush=True)
+            line = {**_line(frame, results, error), **({"fallback": model.session.backend} if model.fallback else {})}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
             failed = failed or bool(error)
             if drawings and not error:
                 drawings.add(frame, results)
@@ -763,7 +947,37 @@ def _infer(args: argparse.Namespace) -> int:
     finally:
         if drawings:
             drawings.close()
-    return 2 if failed else 0
+    return 2 if failed else _done(model)
+
+
+def _open(args: argparse.Namespace) -> Model:
+    """The bundle's model as the options want it; says on stderr where it runs on something else."""
+    model = Model(args.bundle, args.threads, args.engine, args.allow_fallback)
+    if model.fallback:
+        print(f"run.py: warning: {model.fallback}. It runs on {_ran(model)} instead", file=sys.stderr)
+    return model
+
+
+def _warn_unproved(model: Model) -> None:
+    if not model.fallback and model.session.engine not in engines_here(model.manifest["proved"]):
+        proved = ", ".join(f"{row['opencv']} ({row['engine']})" for row in model.manifest["proved"]) or "none"
+        print(
+            f"run.py: warning: this bundle was not proved on OpenCV {cv2.__version__} with the {model.session.engine} "
+            f"engine (proved on: {proved}). Run `python3 run.py check` before you trust its answers",
+            file=sys.stderr,
+        )
+
+
+def _ran(model: Model) -> str:
+    session = model.session
+    return f"{session.backend} ({session.engine} engine, {session.precision})"
+
+
+def _done(model: Model) -> int:
+    """The exit code of a command that succeeded: 3 where it ran on something else than the bundle is for."""
+    if model.fallback:
+        print(f"run.py: warning: that was {_ran(model)}: {model.fallback}", file=sys.stderr)
+    return 3 if model.fallback else 0
 
 
 def _answer(model: Model, frame: Frame, top_k: int) -> tuple[Results, str]:
@@ -799,43 +1013,35 @@ def _read_list(path: str) -> list[str]:
     return [os.fsdecode(line) for line in lines if line.strip()]  # a name need not be UTF-8
 
 
-def _warn_unproved(model: Model) -> None:
-    if model.session.engine not in engines_here(model.manifest["proved"]):
-        proved = ", ".join(sorted({row["opencv"] for row in model.manifest["proved"]})) or "none"
-        print(
-            f"run.py: warning: this bundle was not proved on OpenCV {cv2.__version__} (proved on: {proved}). "
-            "Run `python3 run.py check` before you trust its answers",
-            file=sys.stderr,
-        )
-
-
 def _check(args: argparse.Namespace) -> int:
-    model = Model(args.bundle, args.threads, args.engine)
+    model = _open(args)
     rows = check(model)
     passed = bool(rows) and all(row["ok"] for row in rows)
     if args.json:
         print(json.dumps({"ok": passed, "images": rows, "conditions": model.conditions()}, ensure_ascii=False))
-        return 0 if passed else 1
+        return _done(model) if passed else 1
     for row in rows:
         error = "none" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
         pixels = "same pixels" if row["pixels_identical"] else "other pixels"
         got = row["actual"][0]["label"] if row["actual"] else "-"
         verdict = "ok    " if row["ok"] else "FAILED"
         print(f"{verdict} {row['file']:<28} {pixels:<12} difference {error:<8} {got}  {row['reason']}".rstrip())
-    where = f"OpenCV {cv2.__version__}, {model.session.engine} engine, {cpu_name()}"
+    where = f"OpenCV {cv2.__version__}, {_ran(model)}, {cpu_name()}"
     total = f"{sum(row['ok'] for row in rows)} of {len(rows)} images as trained"
     print(f"{'check passed' if passed else 'CHECK FAILED'}: {total}. {where}")
-    return 0 if passed else 1
+    return _done(model) if passed else 1
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.try_targets:
+        return _try_targets(args)
     start = time.perf_counter()
-    model = Model(args.bundle, args.threads, args.engine)
+    model = _open(args)
     load_ms = (time.perf_counter() - start) * 1e3
     report = {"load_ms": load_ms, **bench(model, args.seconds)}
     if args.json:
         print(json.dumps(report))
-        return 0
+        return _done(model)
     print(f"{'ms':<14}{'p50':>9}{'p90':>9}{'p99':>9}")
     for stage in (*STAGES, "end_to_end"):
         row = report[f"{stage}_ms"]
@@ -849,11 +1055,58 @@ def _bench(args: argparse.Namespace) -> int:
         f"OpenCV {conditions['opencv']}, {conditions['engine']} engine, {conditions['backend']}, "
         f"{conditions['precision']}, {conditions['threads']} threads, {conditions['cpu']}"
     )
-    return 0
+    return _done(model)
+
+
+def _try_targets(args: argparse.Namespace) -> int:
+    """Checks and times the network on every engine that is here, each in processes of its own. → 0 if one is right."""
+    rows = [_try_engine(args, engine) for engine in ENGINES]
+    right = [row for row in rows if row["check"] == "as trained"]
+    best = min(right, key=lambda row: row["forward_ms"])["engine"] if right else None
+    if args.json:
+        print(json.dumps({"best": best, "engines": rows}))
+        return 0 if right else 1
+    print(f"{'engine':<12}{'backend':<15}{'precision':<11}{'forward':>9}{'in all':>9}  check")
+    for row in rows:
+        figures = "".join(
+            "        -" if row[key] is None else f"{row[key]:>9.2f}" for key in ("forward_ms", "total_ms")
+        )
+        print(f"{row['engine']:<12}{row['backend']:<15}{row['precision']:<11}{figures}  {row['check']}")
+    print(
+        "medians in ms, one image at a time. "
+        + (f"The fastest that is right: --engine {best}" if best else "None is right")
+    )
+    return 0 if right else 1
+
+
+def _try_engine(args: argparse.Namespace, engine: str) -> dict[str, Any]:
+    """One engine's row: what its check says, and the median latency where it runs."""
+    row = {"engine": engine, "backend": backend_of(engine), "precision": "-", "forward_ms": None, "total_ms": None}
+    options = ["--bundle", str(args.bundle), "--engine", engine, "--json", "--allow-fallback"]
+    options += [] if args.threads is None else ["--threads", str(args.threads)]
+    checked = _run_self("check", *options)
+    if checked.returncode not in (0, 1, 3):  # it cannot be opened, or it killed the process
+        lines = [line[len("run.py: ") :] for line in checked.stderr.splitlines() if line.startswith("run.py: ")]
+        return {**row, "check": (lines or [f"the process died (exit {checked.returncode})"])[-1]}
+    answer = json.loads(checked.stdout)
+    report = json.loads(_run_self("bench", "--seconds", str(args.seconds), *options).stdout)
+    return {
+        **row,
+        "precision": answer["conditions"]["precision"],
+        "forward_ms": report["forward_ms"]["p50"],
+        "total_ms": report["end_to_end_ms"]["p50"],
+        "check": "as trained" if answer["ok"] else "WRONG",
+    }
+
+
+def _run_self(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of this file, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def _info(args: argparse.Namespace) -> int:
-    model = Model(args.bundle, args.threads, args.engine)
+    model = _open(args)
     manifest = model.manifest
     facts = {
         "name": manifest["name"],
@@ -868,10 +1121,10 @@ def _info(args: argparse.Namespace) -> int:
     }
     if args.json:
         print(json.dumps(facts, ensure_ascii=False))
-        return 0
+        return _done(model)
     for key, value in facts.items():
         print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
-    return 0
+    return _done(model)
 
 
 def _forward(args: argparse.Namespace) -> int:
@@ -889,7 +1142,7 @@ def _forward(args: argparse.Namespace) -> int:
             blobs = np.load(args.input)
         except (OSError, ValueError) as error:
             raise RunnerError(f"cannot read {args.input}: {_first_line(error)}") from None
-    session = Session(args.model, args.engine)
+    session = Session(args.model, args.engine, plugin=args.plugin)
     rows, times_ms = [], []
     for blob in blobs:
         start = time.perf_counter()
@@ -898,7 +1151,18 @@ def _forward(args: argparse.Namespace) -> int:
     arrays: dict[str, Any] = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     np.savez(args.output, **arrays)
     # the fastest: the first one prepares the network, and others may have been disturbed
-    print(json.dumps({**answer, "engine": session.engine, "outputs": sorted(arrays), "best_ms": min(times_ms)}))
+    print(
+        json.dumps(
+            {
+                **answer,
+                "engine": session.engine,
+                "precision": session.precision,
+                "ran_on": session.ran_on(),
+                "outputs": sorted(arrays),
+                "best_ms": min(times_ms),
+            }
+        )
+    )
     return 0
 
 
@@ -906,12 +1170,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py",
         description="Runs this bundle's network with OpenCV. Start with: python3 run.py check",
-        epilog="Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input.",
+        epilog="Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input, 3 ok on a fallback.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--bundle", type=Path, default=Path(__file__).resolve().parent, help="default: run.py's folder")
-    common.add_argument("--engine", help="classic or new (OpenCV 5.0); default: the fastest that was proved here")
+    common.add_argument(
+        "--engine",
+        choices=ENGINES,
+        metavar="NAME",
+        help=f"{', '.join(ENGINES)}; default: the fastest that was proved here",
+    )
+    common.add_argument(
+        "--allow-fallback",
+        action="store_true",
+        help="where the bundle's backend is missing, use OpenCV's own: every answer says so, and the exit code is 3",
+    )
     common.add_argument("--threads", type=_count, help="OpenCV threads (default: the manifest's; 0: OpenCV's choice)")
 
     infer = commands.add_parser("infer", parents=[common], help="answer for images, videos or a camera, as JSON lines")
@@ -935,6 +1209,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench_ = commands.add_parser("bench", parents=[common], help="measure the latency here, stage by stage")
     bench_.add_argument("--seconds", type=_positive, default=5.0, metavar="S", help="how long to measure (default 5)")
+    bench_.add_argument(
+        "--try-targets", action="store_true", help="check and time every engine that is here, and name the best"
+    )
     bench_.add_argument("--json", action="store_true", help="one JSON object")
     bench_.set_defaults(run=_bench)
 
@@ -944,7 +1221,8 @@ def _parser() -> argparse.ArgumentParser:
 
     forward = commands.add_parser("forward", help="raw outputs for arrays or images (used by edgekit's proofs)")
     forward.add_argument("--model", type=Path, required=True, help="an ONNX file")
-    forward.add_argument("--engine", default="auto", help="auto, classic or new")
+    forward.add_argument("--engine", default="auto", help=f"auto, {', '.join(ENGINES)}")
+    forward.add_argument("--plugin", type=Path, metavar="FILE", help=f"{PLUGIN_FILE}, for the engine openvino")
     source = forward.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=Path, help=".npy, float32 (N, 3, h, w)")
     source.add_argument("--images", type=Path, nargs="+", help="image files, prepared as --spec says")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgekit.errors import ConfigError
 
@@ -33,14 +33,19 @@ class Target(BaseModel):
     arch: Annotated[tuple[Line, ...], Field(min_length=1)] = Field(
         description="Machine names as `uname -m` or Windows gives them."
     )
-    backend: Literal["opencv/cpu"] = Field("opencv/cpu", description="cv2.dnn's backend/target pair, never mixed.")
+    backend: Literal["opencv/cpu", "openvino/cpu", "cuda/fp32", "cuda/fp16"] = Field(
+        "opencv/cpu", description="cv2.dnn's backend and what it computes in: one named pair, never mixed."
+    )
     engine: Literal["classic", "new"] = Field(
-        "new", description="The engine that the model is made fast for: classic (OpenCV 4.x) or new (5.0's own)."
+        "new",
+        description="The form of the model: made fast for classic (OpenCV 4.x, OpenVINO, CUDA) or new (5.0's own).",
     )
     precision: Literal["fp32"] = Field("fp32", description="The model variant that this target gets.")
     opencv: Range = Field(description='OpenCV versions that may be installed there, such as ">=4.5.4,<5.1".')
-    prove_on: Annotated[tuple[Annotated[str, Field(pattern=r"^\d+(\.\d+){3}$")], ...], Field(min_length=1)] = Field(
-        description="Exact opencv-python versions that a bundle is proved on."
+    prove_on: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^(\d+(\.\d+){3}|openvino)$")], ...], Field(min_length=1)
+    ] = Field(
+        description='Exact opencv-python versions that a bundle is proved on; "openvino": OpenVINO by its plugin.'
     )
     python: Range = Field(">=3.8", description="Python versions that may be installed there.")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="OpenCV's threads; 0: its own choice.")
@@ -51,6 +56,14 @@ class Target(BaseModel):
     requirements: Annotated[tuple[Line, ...], Field(min_length=1)] = Field(
         description="Lines of the bundle's requirements.txt."
     )
+
+    @model_validator(mode="after")
+    def _pieces_fit(self) -> Target:
+        if self.backend == "openvino/cpu" and self.engine != "classic":
+            raise ValueError('OpenVINO computes the new form of a model wrongly: give engine = "classic"')
+        if self.backend == "openvino/cpu" and len(self.arch) != 1:
+            raise ValueError("the backend openvino/cpu carries a plugin for one arch: name one, x86_64 or aarch64")
+        return self
 
 
 def target_names() -> list[str]:
@@ -105,4 +118,6 @@ def _fault(detail: dict[str, object]) -> str:
         return f"unknown key {where} (known: {', '.join(sorted(Target.model_fields))})"
     if detail["type"] == "missing":
         return f"the key {where} is missing"
+    if detail["type"] == "value_error":  # of the keys together
+        return str(detail["msg"]).removeprefix("Value error, ")
     return f"{where}: {detail['msg']}, got {detail['input']!r}"

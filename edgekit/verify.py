@@ -8,6 +8,7 @@ Each engine is proved twice: on the very input that torch had, and end to end, f
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekit import parity, runner, tasks
-from edgekit.artifacts import RunFolder, open_run, read_proof, write_json
+from edgekit import parity, plugin, runner, tasks
+from edgekit.artifacts import RunFolder, is_about, open_run, read_proof, write_json
 from edgekit.environments import opencv_python
 from edgekit.errors import SetupError
 
 VERSIONS = ("4.6", "4.10", "4.14", "5.0")  # Debian 12; Debian 13; the last 4.x; the first 5
+OPENVINO = "openvino"  # in the place of a version: the OpenCV that the plugin is for, with it
 TIMEOUT_S = 180.0  # for an engine, all images
 
 
@@ -47,7 +49,8 @@ def verify(
 ) -> Verified:
     """Proves a run's model.onnx on OpenCVs from PyPI, in environments of their own; parity.json gets the rows.
 
-    versions: exact (4.14.0.94), or the beginning of one (4.14: the newest of them). progress is told what is done.
+    versions: exact (4.14.0.94), the beginning of one (4.14: the newest of them), or "openvino": OpenVINO, through the
+    plugin in the cache. progress is told what is done.
     A version that cannot be had here is "not proved", and no error. Raises ArtifactError when the run was not exported
     or is damaged.
     """
@@ -60,13 +63,13 @@ def verify(
     tolerance = folder.read_recipe().export.tolerance
     found: dict[str, tuple[parity.Verdict, ...]] = {}
     for version in versions:
-        progress(f"OpenCV {version}")
+        progress(f"OpenCV {version}" if version != OPENVINO else "OpenVINO through OpenCV")
         try:
-            python = opencv_python(version)
+            python, file = _environment(version)
         except SetupError as error:
             found[version] = (parity.Verdict("opencv", version, "not proved", None, str(error), ""),)
             continue
-        limits: dict[str, Any] = {"tolerance": tolerance, "timeout_s": TIMEOUT_S, "python": python}
+        limits: dict[str, Any] = {"tolerance": tolerance, "timeout_s": TIMEOUT_S, "python": python, "plugin": file}
         _, *verdicts = parity.compare(folder.onnx, blobs, expected, **limits)  # the first is ONNX Runtime's
         found[version] = parity.compare_files(
             verdicts,
@@ -82,11 +85,17 @@ def verify(
     return Verified(run, found)
 
 
+def _environment(version: str) -> tuple[Path, Path | None]:
+    """(interpreter, plugin) to prove with. Raises SetupError where they cannot be had."""
+    if version == OPENVINO:
+        return plugin.openvino_python(), plugin.find_plugin(platform.machine())
+    return opencv_python(version), None
+
+
 def unproved(run: Path, versions: Iterable[str]) -> tuple[str, ...]:
     """Those of the versions that parity.json says nothing of."""
     rows = read_proof(RunFolder(run))["verdicts"]
-    known = {runner.opencv_version(row["version"]) for row in rows if row["engine"].startswith("opencv-")}
-    return tuple(version for version in versions if runner.opencv_version(version) not in known)
+    return tuple(version for version in versions if not any(is_about(row, version) for row in rows))
 
 
 def _keep(folder: RunFolder, verdicts: Iterable[parity.Verdict]) -> None:

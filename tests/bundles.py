@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,13 @@ def sign(folder: Path, **changes: Any) -> None:
         "edgekit_version": __version__,
         "name": "tiny",
         "target": "cpu",
-        "backend": "opencv",
+        "arch": (platform.machine(),),
+        "backend": "opencv/cpu",
         "engine": "new",
         "precision": "fp32",
         "refused": (),
         "threads": 1,
-        "tolerances": Tolerances(outputs=1e-4, outputs_other_pixels=0.05),
+        "tolerances": Tolerances(outputs=1e-4, outputs_other_pixels=0.05, outputs_16bit=0.05),
         "latency_budget_ms": None,
         "provenance": {},
     }

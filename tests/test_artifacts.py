@@ -119,6 +119,7 @@ def test_a_manifest_signs_itself() -> None:
         edgekit_version="0",
         name="n",
         target="cpu",
+        arch=("x86_64",),
         spec={},
         backend="opencv/cpu",
         engine="auto",
@@ -127,7 +128,7 @@ def test_a_manifest_signs_itself() -> None:
         proved=(),
         refused=(),
         files={},
-        tolerances=Tolerances(outputs=1e-3, outputs_other_pixels=0.05),
+        tolerances=Tolerances(outputs=1e-3, outputs_other_pixels=0.05, outputs_16bit=0.05),
         latency_budget_ms=None,
         provenance={},
     ).to_json()

@@ -10,15 +10,18 @@ PACKAGE = Path(__file__).parents[1] / "edgekit"
 LAYER_0 = {"errors", "runner"}
 RECORDS = LAYER_0 | {"recipe"}  # the run's choices; a record that nouns may read
 NOUNS = {
+    "arm64",
     "artifacts",
     "backbones",
     "batches",
     "compiling",
+    "cuda",
     "cuda_wheel",
     "datasets",
     "demo",
     "doctor",
     "environments",
+    "launch",
     "opencv",
     "parity",
     "pictures",
@@ -43,7 +46,10 @@ ALLOWED = {
     "batches": RECORDS | {"datasets"},
     "backbones": RECORDS,
     "artifacts": RECORDS,
+    "cuda": LAYER_0,
     "environments": LAYER_0,
+    "arm64": LAYER_0 | {"artifacts", "environments"},
+    "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
     "pictures": RECORDS,
@@ -52,7 +58,7 @@ ALLOWED = {
     "cuda_wheel": LAYER_0 | {"compiling", "environments", "plugin"},
     "opencv": LAYER_0 | {"doctor", "plugin"},
     "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
-    "report": RECORDS | {"artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
+    "report": RECORDS | {"arm64", "artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},

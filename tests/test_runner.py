@@ -480,7 +480,7 @@ def test_a_session_takes_the_threads_it_is_told(built: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_said_in_a_line(built: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunnerError, match=r"has no engine 'fast'.*classic"):
+    with pytest.raises(RunnerError, match=r"no engine is called 'fast' .*classic"):
         runner.Session(built / "model.onnx", "fast")
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(b"not a model")
@@ -582,33 +582,56 @@ def test_no_bundle_is_refused(tmp_path: Path) -> None:
 
 
 HERE = cv2.__version__
-ROWS = [{"opencv": "3.4.1", "engine": "old"}, {"opencv": HERE, "engine": "b"}, {"opencv": f"{HERE}-pre", "engine": "a"}]
+ROWS = [
+    {"opencv": "3.4.1", "engine": "classic"},
+    {"opencv": HERE, "engine": "new"},
+    {"opencv": f"{HERE}-pre", "engine": "classic"},
+    {"opencv": HERE, "engine": "openvino"},
+]
+CPU, OPENVINO, CUDA = "opencv/cpu", "openvino/cpu", "cuda/fp16"
 
 
 @pytest.mark.parametrize(
-    ("proved", "refused", "asked", "chosen"),
+    ("proved", "refused", "asked", "backend", "chosen"),
     [
-        (ROWS, [], "auto", "b"),  # the first of this OpenCV
-        (ROWS[2:], [], "auto", "a"),
-        (ROWS[:1], [], "auto", "auto"),  # proved with none: OpenCV's own choice
-        (ROWS, [], "a", "a"),
-        (ROWS, [], "unproved", "unproved"),
-        (ROWS[1:2], ROWS[2:], "auto", "b"),
-        ([], ROWS[:1], "auto", "auto"),  # refused on another OpenCV only
-        ([], ROWS[:1], "old", "old"),
+        (ROWS, [], None, CPU, "new"),  # the first of this OpenCV
+        (ROWS[2:], [], None, CPU, "classic"),
+        (ROWS[3:], [], None, CPU, "auto"),  # proved with none of OpenCV's own: its choice
+        (ROWS[:1], [], None, CPU, "auto"),
+        (ROWS, [], "classic", CPU, "classic"),
+        (ROWS[:1], [], "new", CPU, "new"),  # asked for, though nothing is known of it here
+        (ROWS[1:2], ROWS[2:], None, CPU, "new"),
+        (ROWS[1:2], ROWS[3:], None, CPU, "new"),
+        ([], ROWS[3:], None, CPU, "auto"),  # another backend's fault
+        ([], ROWS[:1], None, CPU, "auto"),  # refused on another OpenCV only
+        (ROWS, [], None, OPENVINO, "openvino"),
+        ([], ROWS[1:3], None, OPENVINO, "openvino"),  # it has an importer of its own
+        (ROWS, [], None, CUDA, "cuda-fp16"),
+        ([], ROWS[1:2], None, CUDA, "cuda-fp16"),  # 5.0's own engine is not what CUDA runs through
     ],
 )
-def test_the_engine_is_the_fastest_that_was_proved_here(
-    proved: list[dict[str, str]], refused: list[dict[str, str]], asked: str, chosen: str
+def test_the_engine_is_the_backends_fastest_that_was_proved_here(
+    proved: list[dict[str, str]], refused: list[dict[str, str]], asked: str | None, backend: str, chosen: str
 ) -> None:
-    assert runner.choose_engine({"proved": proved, "refused": refused}, asked) == chosen
+    assert runner.choose_engine({"proved": proved, "refused": refused}, asked, backend) == chosen
 
 
-@pytest.mark.parametrize(("proved", "asked"), [(ROWS[:1], "auto"), (ROWS[:2], "a"), (ROWS, "a")])
-def test_an_engine_that_was_found_wrong_is_not_opened(proved: list[dict[str, str]], asked: str) -> None:
-    message = rf"OpenCV {HERE} does not compute .* \(engine: a\)\. Install .*3\.4\.1 \(old\)"
+@pytest.mark.parametrize(
+    ("proved", "refused", "asked", "backend", "named"),
+    [
+        (ROWS[:1], ROWS[2:3], None, CPU, "classic"),
+        (ROWS[:2], ROWS[2:3], "classic", CPU, "classic"),
+        (ROWS, ROWS[2:3], "classic", CPU, "classic"),
+        (ROWS[:2], ROWS[3:], None, OPENVINO, "openvino"),
+        (ROWS[:2], ROWS[2:3], None, CUDA, "cuda-fp16"),  # CUDA has the network from the classic importer
+    ],
+)
+def test_an_engine_that_was_found_wrong_is_not_opened(
+    proved: list[dict[str, str]], refused: list[dict[str, str]], asked: str | None, backend: str, named: str
+) -> None:
+    message = rf"OpenCV {HERE} does not compute .* \(engine: {named}\)\. Install .*3\.4\.1 \(classic\)"
     with pytest.raises(RunnerError, match=message):
-        runner.choose_engine({"proved": proved, "refused": ROWS[2:]}, asked)
+        runner.choose_engine({"proved": proved, "refused": refused}, asked, backend)
 
 
 @pytest.mark.parametrize("engine", runner.engines())
@@ -635,7 +658,7 @@ def test_the_conditions_are_those_found_here(built: Path) -> None:
     assert {key: conditions[key] for key in ("opencv", "engine", "backend", "precision", "threads")} == {
         "opencv": cv2.__version__,
         "engine": runner.engines()[0],
-        "backend": "opencv",
+        "backend": "opencv/cpu",
         "precision": "fp32",
         "threads": 1,
     }
@@ -1078,7 +1101,8 @@ def test_forward_gives_the_raw_outputs(built: Path, tmp_path: Path, capsys: pyte
     assert runner.main([*command, "--engine", engine, "--output", str(tmp_path / "y.npz")]) == 0
     said = json.loads(capsys.readouterr().out)
     assert 0 < said.pop("best_ms") < 1000
-    assert said == {"opencv": cv2.__version__, "engine": engine, "outputs": ["logits"]}
+    where = {"precision": "fp32", "ran_on": "" if engine == "new" else "OCV/CPU"}
+    assert said == {"opencv": cv2.__version__, "engine": engine, "outputs": ["logits"], **where}
     session = runner.Session(built / "model.onnx", engine)
     with np.load(tmp_path / "y.npz") as arrays:
         assert np.array_equal(arrays["logits"], np.concatenate([session(blob[None])["logits"] for blob in blobs]))

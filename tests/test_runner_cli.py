@@ -17,7 +17,7 @@ import pytest
 from edgekit import runner
 
 LABELS = set(bundles.SPEC.class_names)
-HERE = {"opencv": cv2.__version__, "backend": "opencv", "precision": "fp32", "threads": 1}
+HERE = {"opencv": cv2.__version__, "backend": "opencv/cpu", "precision": "fp32", "threads": 1}
 
 
 @pytest.fixture(scope="session")
@@ -208,10 +208,11 @@ def test_a_reader_that_was_never_there_is_no_failure(built: Path, command: str) 
 def test_infer_warns_where_the_bundle_was_not_proved(bundle: Path, photos: Path) -> None:
     bundles.sign(bundle, proved=[{"opencv": "4.6.1", "engine": "classic"}, {"opencv": "4.7.1", "engine": "classic"}])
     answer = run(bundle, "infer", photos / "a.jpg")
+    engine = runner.engines()[0]
     assert answer.returncode == 0 and lines(answer)[0]["results"]
     assert answer.stderr == (
-        f"run.py: warning: this bundle was not proved on OpenCV {cv2.__version__} (proved on: 4.6.1, 4.7.1). "
-        "Run `python3 run.py check` before you trust its answers\n"
+        f"run.py: warning: this bundle was not proved on OpenCV {cv2.__version__} with the {engine} engine "
+        "(proved on: 4.6.1 (classic), 4.7.1 (classic)). Run `python3 run.py check` before you trust its answers\n"
     )
 
 
@@ -226,8 +227,8 @@ def test_check_passes_from_anywhere(built: Path, tmp_path: Path) -> None:
     assert [row.split()[:4] for row in rows] == [
         ["ok", name, "same", "pixels"] for name in ("china.jpg", "flower.jpg", "petals.png", "roof.png")
     ]
-    engine = runner.engines()[0]
-    assert last.startswith(f"check passed: 4 of 4 images as trained. OpenCV {cv2.__version__}, {engine} engine, ")
+    where = f"OpenCV {cv2.__version__}, opencv/cpu ({runner.engines()[0]} engine, fp32), "
+    assert last.startswith(f"check passed: 4 of 4 images as trained. {where}")
 
 
 def test_check_gives_its_figures_as_json(built: Path) -> None:
@@ -316,7 +317,8 @@ def test_bench_prints_a_table_with_its_conditions(built: Path) -> None:
     assert [row.split()[0] for row in rows] == ["decode", "preprocess", "forward", "postprocess", "end_to_end"]
     assert all(float(row.split()[1]) >= 0 for row in rows) and len({len(row) for row in [head, *rows]}) == 1
     assert load.startswith("load ") and " iterations" in load
-    assert conditions.startswith(f"OpenCV {cv2.__version__}, {runner.engines()[0]} engine, opencv, fp32, 1 threads, ")
+    engine = runner.engines()[0]
+    assert conditions.startswith(f"OpenCV {cv2.__version__}, {engine} engine, opencv/cpu, fp32, 1 threads, ")
 
 
 def test_info_tells_what_the_bundle_is(built: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit import targets
+from edgekit import plugin, targets
 from edgekit.errors import ConfigError
 from edgekit.targets import Target, read_target, target_names
 
@@ -67,7 +67,13 @@ def test_every_shipped_target_is_commented_and_consistent() -> None:
         named = set(re.findall(r"^(?:# )?(\w+) = ", text, flags=re.MULTILINE))
         assert named == set(Target.model_fields), "every key is shown, the unset ones as comments"
         target = read_target(name)
-        assert any(line.endswith(target.opencv) and line.startswith("opencv") for line in target.requirements)
+        assert target.arch and (target.backend.startswith("cuda") or name == "rpi-debian") != any(
+            line.endswith(target.opencv) and line.startswith("opencv") for line in target.requirements
+        ), "requirements.txt asks for the OpenCVs of the range, where PyPI has them"
+        if target.backend == "openvino/cpu":
+            assert (
+                target.prove_on == ("openvino", plugin.OPENCV) and f"openvino=={plugin.OPENVINO}" in target.requirements
+            )
 
 
 def test_a_wheel_finds_its_own_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +156,11 @@ def test_every_missing_key_is_named(tmp_path: Path) -> None:
     [
         ("threads = -1", "threads: Input should be greater than or equal to 0, got -1"),
         ("latency_budget_ms = 0", "latency_budget_ms: Input should be greater than 0, got 0"),
-        ('backend = "cuda/fp16"', "backend: Input should be 'opencv/cpu', got 'cuda/fp16'"),
+        (
+            'backend = "cuda"',
+            "backend: Input should be 'opencv/cpu', 'openvino/cpu', 'cuda/fp32' or 'cuda/fp16', got 'cuda'",
+        ),
+        ('backend = "openvino/cpu"', 'OpenVINO computes the new form of a model wrongly: give engine = "classic"'),
         ('engine = "ort"', "engine: Input should be 'classic' or 'new', got 'ort'"),
         ('precision = "int4"', "precision: Input should be 'fp32', got 'int4'"),
         ('python = "3.8"', "python: String should match pattern"),
