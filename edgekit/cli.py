@@ -666,10 +666,10 @@ def opencv_add_openvino(
 ) -> None:
     """Build the OpenVINO plugin: several times the speed on a CPU.
 
-    One file of 7 MB that the stock opencv-python-headless of one version loads, where openvino from PyPI is installed
-    too. It is compiled here once (a quarter of an hour; after Ctrl-C the same command goes on), checked against
-    OpenCV's own results where it can run here, and kept in the cache; for aarch64 by a cross-compiler. It computes in
-    f32 unless OPENCV_DNN_OPENVINO_PRECISION says f16, bf16 or auto.
+    One file of 7 to 9 MB that the stock opencv-python-headless of one version loads, where openvino from PyPI is
+    installed too. It is compiled here once (a quarter of an hour; after Ctrl-C the same command goes on), checked
+    against OpenCV's own results where it can run here, and kept in the cache; for aarch64 by a cross-compiler. It
+    computes in f32 unless OPENCV_DNN_OPENVINO_PRECISION says f16, bf16 or auto.
     """
     from edgekit import plugin
     from edgekit.progress import display
