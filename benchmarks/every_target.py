@@ -19,9 +19,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgekit.arm64 import check_on_arm64
-
 from edgekit import plugin
+from edgekit.arm64 import check_on_arm64
 from edgekit.environments import opencv_python
 from edgekit.targets import Target, read_target, target_names
 
@@ -77,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     print("| target | where | check | |\n| --- | --- | --- | --- |", flush=True)
     # those that take the same form of the model after each other: it is exported anew where that changes
-    for target in sorted(map(read_target, args.targets), key=lambda each: each.engine):
+    for target in sorted(map(read_target, args.targets), key=lambda each: each.form):
         command = ["edgekit", "bundle", str(args.run), "--target", target.name, "--dist", str(args.dist), "--json"]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode:

@@ -23,8 +23,9 @@ from architectures import CLASSES, TOLERANCE, photos, shake
 
 from edgekit import backbones, parity, runner
 from edgekit.environments import opencv_python
-from edgekit.lowering import Engine, lower
+from edgekit.lowering import TUNING, lower
 from edgekit.lowering.from_torch import from_torch
+from edgekit.timing import FORMS
 
 # Times each model in turn; prints the rounds, a list of ms each.
 CHILD = """
@@ -48,7 +49,7 @@ print(json.dumps(rounds))
 
 
 def write_models(name: str, folder: Path) -> tuple[dict[str, Path], np.ndarray, np.ndarray]:
-    """{"dynamo", "torchscript", "classic", "new": ONNX file}, an input image and torch's answer."""
+    """{"dynamo", "torchscript", and each of our forms: ONNX file}, an input image and torch's answer."""
     torch.manual_seed(0)
     model = backbones.build(name, CLASSES, pretrained=False, weights=None)
     names = tuple(str(i) for i in range(CLASSES))
@@ -57,7 +58,7 @@ def write_models(name: str, folder: Path) -> tuple[dict[str, Path], np.ndarray, 
     shake(model, blobs)
     with torch.inference_mode():
         expected = model(torch.from_numpy(blobs[:1])).numpy()
-    files = {form: folder / f"{name}.{form}.onnx" for form in ("dynamo", "torchscript", "classic", "new")}
+    files = {form: folder / f"{name}.{form}.onnx" for form in ("dynamo", "torchscript", *TUNING)}
     zeros = torch.zeros(1, 3, *spec.input_size)
     shared = {"input_names": ["image"], "output_names": ["logits"]}
     with warnings.catch_warnings():
@@ -66,9 +67,8 @@ def write_models(name: str, folder: Path) -> tuple[dict[str, Path], np.ndarray, 
         onnx.save(program.model_proto, files["dynamo"])
         torch.onnx.export(model, (zeros,), str(files["torchscript"]), dynamo=False, opset_version=17, **shared)
     exported = from_torch(model, spec.input_size, ("logits",))
-    engines: tuple[Engine, ...] = ("classic", "new")
-    for engine in engines:
-        onnx.save(lower(exported, engine), files[engine])
+    for form in TUNING:
+        onnx.save(lower(exported, form), files[form])
     return files, blobs[:1], expected
 
 
@@ -108,13 +108,13 @@ def main() -> None:
         for version in args.opencv.split(","):
             python = opencv_python(version)
             for engine in parity.find_opencv(python).engines:
-                forms = (engine, "dynamo", "torchscript")
+                forms = (FORMS[engine], "dynamo", "torchscript")
                 wanted = [form for form in forms if is_right(files[form], engine, args.folder, expected, python)]
                 chosen = [files[form] for form in wanted]
                 rounds = time_rounds(chosen, engine, args.threads, args.seconds, args.folder / "blob.npy", python)
                 ms = dict(zip(wanted, np.median(rounds, axis=0), strict=True))
                 cells = [f"{ms[form]:.2f}" if form in ms else "not right" for form in forms]
-                is_compared = wanted[0] == engine and len(wanted) > 1
+                is_compared = wanted[0] == forms[0] and len(wanted) > 1
                 # round by round, as what disturbs one lasts; against the rival that is faster over all
                 rival = 1 + int(np.argmin(np.median(rounds[:, 1:], axis=0))) if is_compared else 0
                 ratio = f"{np.median(rounds[:, 0] / rounds[:, rival]):.3f}" if is_compared else "-"

@@ -100,11 +100,11 @@ def measure(name: str, folder: Path, threads: int, precision: str, turns: int) -
     np.save(folder / "blob.npy", blob)
     openvino, stock = plugin.openvino_python(), opencv_python("5.0")
     runtimes = {
-        "onnxruntime": (sys.executable, files["classic"]),
-        OURS: (openvino, files["classic"]),
-        NATIVE: (openvino, files["classic"]),
-        "run.py classic": (openvino, files["classic"]),
-        "run.py new": (stock, files["new"]),
+        "onnxruntime": (sys.executable, files["plain"]),
+        OURS: (openvino, files["plain"]),
+        NATIVE: (openvino, files["plain"]),
+        "run.py classic": (openvino, files["opencv4"]),
+        "run.py new": (stock, files["opencv5"]),
     }
     workers = {
         kind: Worker(kind, python, model, folder / "blob.npy", threads, precision)

@@ -22,16 +22,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgekit import backbones
 from edgekit.environments import opencv_python
-from edgekit.lowering import REWRITES, TUNING, Engine, depthwise_5x5, global_average_pool, relu6
+from edgekit.lowering import REWRITES, TUNING, Form, depthwise_5x5, global_average_pool, relu6
 from edgekit.lowering.from_torch import from_torch
 
 Rewrite = Callable[[ir.Model], None]
 
 # Rewrite → itself, the form of the model that has it, and the OpenCVs and engine that it is for.
-MEASURED: dict[str, tuple[Rewrite, Engine, tuple[str, ...], str]] = {
-    "relu6": (relu6.rewrite, "new", ("5.0",), "new"),
-    "global_average_pool": (global_average_pool.rewrite, "new", ("5.0",), "new"),
-    "depthwise_5x5": (depthwise_5x5.rewrite, "classic-cpu", ("4.10", "4.14"), "classic"),
+MEASURED: dict[str, tuple[Rewrite, Form, tuple[str, ...], str]] = {
+    "relu6": (relu6.rewrite, "opencv5", ("5.0",), "new"),
+    "global_average_pool": (global_average_pool.rewrite, "opencv5", ("5.0",), "new"),
+    "depthwise_5x5": (depthwise_5x5.rewrite, "opencv4", ("4.10", "4.14"), "classic"),
 }
 NETWORKS = ("tf_efficientnet_lite0", "mobilenetv3_large_100", "mobilenetv4_conv_small", "lcnet_100")
 
@@ -50,7 +50,7 @@ def export(name: str, folder: Path) -> tuple[onnx.ModelProto, np.ndarray]:
     return from_torch(model, spec.input_size, ("logits",)), expected
 
 
-def lower_without(exported: onnx.ModelProto, form: Engine, left_out: Rewrite | None) -> onnx.ModelProto:
+def lower_without(exported: onnx.ModelProto, form: Form, left_out: Rewrite | None) -> onnx.ModelProto:
     """As edgekit.lowering.lower does it, less one rewrite."""
     model = ir.from_proto(exported)
     for rewrite in (*REWRITES, *TUNING[form]):

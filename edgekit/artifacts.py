@@ -196,10 +196,10 @@ def is_about(row: Mapping[str, Any], version: str) -> bool:
     return is_opencv and runner.opencv_version(row["version"]) == runner.opencv_version(version)
 
 
-def is_exported(run: RunFolder, engine: str) -> bool:
-    """Is there a model.onnx, made fast for this engine, with its proof?"""
+def is_exported(run: RunFolder, form: str) -> bool:
+    """Is there a model.onnx, in this form, with its proof?"""
     try:
-        return bool(read_proof(run).get("tuned_for") == engine)
+        return bool(read_proof(run).get("form") == form)
     except ArtifactError:
         return False
 
@@ -233,7 +233,7 @@ class Manifest(BaseModel):
     arch: tuple[str, ...]  # machine names as `uname -m` or Windows gives them
     spec: dict[str, Any]
     backend: str
-    engine: str
+    form: str  # lowering.Form: what the model is made fast for
     precision: str
     threads: int
     proved: tuple[dict[str, str], ...]  # {"opencv": "4.14.0", "engine": "classic"}, the fastest engine first

@@ -67,10 +67,10 @@ def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
     proof = read_proof(folder)
     if proof.get("ok") is not True:  # an export on another OpenCV, after this model.onnx was made
         raise ArtifactError(f"the last export found {folder.onnx} wrong: see {folder.parity}, and export it again")
-    if proof.get("tuned_for") != target.engine:
+    if proof.get("form") != target.form:
         raise ArtifactError(
-            f"{folder.onnx} was not made for the {target.engine} engine, which {target.name} is to run: "
-            f"run `edgekit export {folder.path} --engine {target.engine}` first"
+            f"{folder.onnx} is not in the form {target.form}, which {target.name} takes: "
+            f"run `edgekit export {folder.path} --form {target.form}` first"
         )
     requirements = _requirements(target, proof)
     plugin_file = plugin.find_plugin(target.arch[0]) if target.backend == "openvino/cpu" else None
@@ -163,7 +163,7 @@ def _manifest(folder: RunFolder, target: Target, proof: dict[str, Any], files: d
         arch=target.arch,
         spec=folder.read_spec().to_dict(),
         backend=target.backend,
-        engine=target.engine,
+        form=target.form,
         precision=target.precision,
         threads=target.threads,
         proved=_proved(rows),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgekit.compiling import Plan
     from edgekit.datasets import Dataset
     from edgekit.doctor import Finding
-    from edgekit.lowering import Engine
+    from edgekit.lowering import Form
     from edgekit.pipeline import Outcome
     from edgekit.recipe import Recipe
     from edgekit.timing import Timing
@@ -300,12 +300,9 @@ def evaluate(
 @app.command()
 def export(
     run: Run,
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="Make it fast for: new (OpenCV 5.0's engine), classic-cpu (4.x's) or classic (other backends)."
-        ),
-    ] = "new",
+    form: Annotated[
+        str, typer.Option(help="Make it fast for OpenCV 5.0 (opencv5), 4.x (opencv4) or another backend (plain).")
+    ] = "opencv5",
     as_json: AsJson = False,
 ) -> None:
     """Write model.onnx, proved against torch.
@@ -315,8 +312,8 @@ def export(
     """
     from edgekit.artifacts import open_run
 
-    if engine not in ("new", "classic", "classic-cpu"):
-        raise UsageError(f"no engine named {engine!r}: give new, classic-cpu or classic")
+    if form not in ("opencv5", "opencv4", "plain"):
+        raise UsageError(f"no form named {form!r}: give opencv5, opencv4 or plain")
     open_run(run)
     from edgekit.progress import display
 
@@ -324,7 +321,7 @@ def export(
         show.busy(LOADING)
         from edgekit.export import export as stage
 
-        done = stage(run, cast("Engine", engine), progress=show.busy)
+        done = stage(run, cast("Form", form), progress=show.busy)
     if as_json:
         _print_json(
             {"model": done.model, "sha256": done.sha256, "size_bytes": done.size_bytes, "proofs": done.verdicts}
@@ -435,9 +432,9 @@ def bundle(
         from edgekit.verify import unproved
         from edgekit.verify import verify as verify_stage
 
-        if not is_exported(folder, chosen.engine):
+        if not is_exported(folder, chosen.form):
             show.stage("export")
-            export_stage(run, chosen.engine, progress=show.busy)
+            export_stage(run, chosen.form, progress=show.busy)
         missing = unproved(run, chosen.prove_on)
         if missing:
             show.stage("verify")

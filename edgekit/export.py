@@ -20,7 +20,7 @@ import torch
 from edgekit import parity, runner, tasks
 from edgekit.artifacts import RunFolder, open_run, replacing, write_json
 from edgekit.errors import ArtifactError, ParityError
-from edgekit.lowering import Engine, lower
+from edgekit.lowering import Form, lower
 from edgekit.lowering.from_torch import from_torch
 
 CHECK_IMAGES = 8  # at most; one forward pass an engine and image
@@ -36,13 +36,13 @@ class Exported:
     verdicts: tuple[parity.Verdict, ...]
 
 
-def export(run: Path, engine: Engine = "new", progress: Callable[[str], None] | None = None) -> Exported:
+def export(run: Path, form: Form = "opencv5", progress: Callable[[str], None] | None = None) -> Exported:
     """Writes a run's model.onnx: float32 image (1, 3, h, w) → float32 logits (1, C), weights inside, fixed shapes.
 
     It is compared with the trained network, on the run's check images, through ONNX Runtime and each engine of the
     OpenCV here; parity.json gets the figures. The same weights give the same bytes.
 
-    engine: the one that the model is made fast for; it is right in all. progress is told what is being done.
+    form: where the model is to be fast; it is right in every engine. progress is told what is being done.
 
     Raises ArtifactError for a run that is damaged, ConfigError for a network that torch cannot export, and ParityError
     where ONNX Runtime or every engine of OpenCV computes something else; a model.onnx of an earlier export is then
@@ -57,7 +57,7 @@ def export(run: Path, engine: Engine = "new", progress: Callable[[str], None] | 
     if not all(np.isfinite(array).all() for array in expected.values()):
         raise ParityError(f"{folder.weights} gives NaN or infinite outputs: train it again, with a lower learning_rate")
     say(f"exporting {recipe.model.backbone} to ONNX")
-    model = lower(from_torch(module, blobs.shape[2:], tuple(expected)), engine)
+    model = lower(from_torch(module, blobs.shape[2:], tuple(expected)), form)
     onnx.checker.check_model(model, full_check=True)
     with replacing(folder.onnx) as temporary:
         # deterministic: the same weights must give the same file, byte for byte
@@ -66,7 +66,7 @@ def export(run: Path, engine: Engine = "new", progress: Callable[[str], None] | 
         verdicts = parity.compare(temporary, blobs, expected, tolerance=recipe.export.tolerance)
         sha256, size_bytes = runner.file_sha256(temporary), temporary.stat().st_size
         record = _record(verdicts, recipe.export.tolerance, len(blobs), sha256, size_bytes)
-        write_json(folder.parity, {**record, "tuned_for": engine})
+        write_json(folder.parity, {**record, "form": form})
         parity.require(verdicts)
     return Exported(folder.onnx, sha256, size_bytes, verdicts)
 

@@ -44,7 +44,7 @@ def pipeline(recipe: Recipe, target: Target, runs: Path, dist: Path, watch: Watc
     watch.on_stage("finetune")
     trained = finetune(recipe, dataset, runs, on_step=watch.on_step, on_epoch=watch.on_epoch)
     watch.on_stage("export")
-    exported = export(trained.run, target.engine)
+    exported = export(trained.run, target.form)
     watch.on_stage("verify")
     verify(trained.run, unproved(trained.run, target.prove_on))
     watch.on_stage("bundle")

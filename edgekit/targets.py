@@ -36,10 +36,9 @@ class Target(BaseModel):
     backend: Literal["opencv/cpu", "openvino/cpu", "cuda/fp32", "cuda/fp16"] = Field(
         "opencv/cpu", description="cv2.dnn's backend and what it computes in: one named pair, never mixed."
     )
-    engine: Literal["classic", "classic-cpu", "new"] = Field(
-        "new",
-        description="The form of the model: made fast for classic-cpu (OpenCV 4.x's own CPU code), classic (what "
-        "OpenVINO and CUDA take) or new (5.0's own).",
+    form: Literal["opencv5", "opencv4", "plain"] = Field(
+        "opencv5",
+        description="What the model is made fast for: OpenCV 5.0's own engine, 4.x's, or another backend (plain).",
     )
     precision: Literal["fp32"] = Field("fp32", description="The model variant that this target gets.")
     opencv: Range = Field(description='OpenCV versions that may be installed there, such as ">=4.5.4,<5.1".')
@@ -60,8 +59,8 @@ class Target(BaseModel):
 
     @model_validator(mode="after")
     def _pieces_fit(self) -> Target:
-        if self.backend == "openvino/cpu" and self.engine != "classic":
-            raise ValueError('OpenVINO computes the new form of a model wrongly: give engine = "classic"')
+        if self.backend == "openvino/cpu" and self.form != "plain":
+            raise ValueError('OpenVINO takes a model in the plain form: form = "plain"')
         if self.backend == "openvino/cpu" and len(self.arch) != 1:
             raise ValueError("the backend openvino/cpu carries a plugin for one arch: name one, x86_64 or aarch64")
         return self

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -27,10 +27,11 @@ from edgekit import runner
 from edgekit.backbones import IMAGENET_CLASSES, Backbone, build
 
 if TYPE_CHECKING:
-    from edgekit.lowering import Engine
+    from edgekit.lowering import Form
 
 WARM_UP_RUNS = 3
 MIN_RUNS = 10
+FORMS: dict[str, Form] = {"new": "opencv5", "classic": "opencv4"}  # of a model, for each engine
 PATIENCE_S = 120.0  # what loading, warming up and MIN_RUNS may take, beside the seconds asked for
 # -I: neither the user's variables nor the working directory decide what the child imports. This edgekit may be found
 # through either, so its place is given.
@@ -105,7 +106,7 @@ def _export(row: Backbone, folder: Path) -> dict[str, Path]:
     models = {}
     for engine in runner.engines():
         models[engine] = folder / f"{engine}.onnx"
-        onnx.save(lower(exported, cast("Engine", engine)), models[engine])
+        onnx.save(lower(exported, FORMS[engine]), models[engine])
     return models
 
 

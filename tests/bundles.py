@@ -118,7 +118,7 @@ def sign(folder: Path, **changes: Any) -> None:
         "target": "cpu",
         "arch": (platform.machine(),),
         "backend": "opencv/cpu",
-        "engine": "new",
+        "form": "opencv5",
         "precision": "fp32",
         "refused": (),
         "threads": 1,

@@ -122,7 +122,7 @@ def test_a_manifest_signs_itself() -> None:
         arch=("x86_64",),
         spec={},
         backend="opencv/cpu",
-        engine="auto",
+        form="opencv5",
         precision="fp32",
         threads=0,
         proved=(),

@@ -209,7 +209,7 @@ def test_a_run_becomes_bundles_for_openvino(
 ) -> None:
     """Verified through OpenVINO, bundled with the plugin, checked through it, and as good as torch."""
     run = shutil.copytree(finished_run, tmp_path / "runs" / "digits")
-    export(run, "classic")
+    export(run, "plain")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     if not plugin.read_plugin(plugin_file, MACHINE).has_precision:
         # It would compute in bf16 where the CPU can, which is too coarse for a network that has hardly been trained.
@@ -243,7 +243,7 @@ def test_a_run_becomes_bundles_for_openvino(
 @pytest.mark.usefixtures("cuda")
 def test_a_run_becomes_a_cuda_bundle_that_is_checked_without_a_gpu(finished_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished_run, tmp_path / "runs" / "digits")
-    export(run, "classic")
+    export(run, "plain")
     built = bundle(run, read_target("jetson"), tmp_path / "dist")
     assert built.cpu_operators == {}
     assert built.checked["ok"] and built.checked["conditions"]["backend"] == "opencv/cpu"

@@ -177,9 +177,9 @@ BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     ("evaluating what is no run", lambda f: ["evaluate", f / "none"], "no run folder .*edgekit finetune"),
     ("exporting a folder that is no run", lambda f: ["export", good_data(f)], "is it a run"),
     (
-        "exporting for an unknown engine",
-        lambda f: ["export", f, "--engine", "ort"],
-        "'ort': give new, classic-cpu or classic",
+        "exporting in an unknown form",
+        lambda f: ["export", f, "--form", "ort"],
+        "'ort': give opencv5, opencv4 or plain",
     ),
     ("verifying on no version", lambda f: ["verify", f, "--opencv", ","], "no OpenCV version: give some"),
     ("verifying what is no run", lambda f: ["verify", f / "none"], "no run folder"),

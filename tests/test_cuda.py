@@ -38,6 +38,6 @@ def test_a_lowered_backbone_stays_on_the_gpu(name: str, tmp_path: Path) -> None:
     model = backbones.build(name, 4, pretrained=False, weights=None).eval()
     exported = from_torch(model, (64, 64), ("logits",))
     onnx.save(exported, tmp_path / "naive.onnx")
-    onnx.save(lower(exported, "classic"), tmp_path / "lowered.onnx")
+    onnx.save(lower(exported, "plain"), tmp_path / "lowered.onnx")
     assert cpu_operators(tmp_path / "naive.onnx")["ReduceMean"] >= 1
     assert cpu_operators(tmp_path / "lowered.onnx") == {}

@@ -68,7 +68,7 @@ def test_mobilenet_is_proved_in_every_engine(proved: tuple[Path, Exported, list[
     ]
     assert json.loads((run / "parity.json").read_text(encoding="utf-8")) == {
         "ok": True,
-        "tuned_for": "new",
+        "form": "opencv5",
         "onnx_sha256": exported.sha256,
         "onnx_size_bytes": exported.size_bytes,
         "images": 4,

@@ -300,7 +300,7 @@ HEAD = "[head] logits = Conv<kernel_shape=[1, 1]>(r, v)"
 )
 def test_relu6_becomes_hard_sigmoid_and_the_next_layer_takes_the_six(tail: str, tmp_path: Path) -> None:
     model = make(RELU6.replace(HEAD, tail), "1, 5" if "Gemm" in tail else "1, 4, 4, 6")
-    lowered = lower(model, "new")
+    lowered = lower(model, "opencv5")
     onnx.checker.check_model(lowered, full_check=True)
     assert "Clip" not in ops(lowered) and len(ops(lowered)) == len(ops(model))
     gate = next(node for node in lowered.graph.node if node.op_type == "HardSigmoid")
@@ -309,7 +309,7 @@ def test_relu6_becomes_hard_sigmoid_and_the_next_layer_takes_the_six(tail: str, 
     assert run(model).std() > 0.1
     np.testing.assert_allclose(run(lowered), run(model), rtol=1e-4, atol=1e-4)
     assert statuses(lowered, tmp_path) == everywhere("ok")
-    assert lower(model, "classic").graph.node[1].op_type == "Clip"
+    assert lower(model, "plain").graph.node[1].op_type == "Clip"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_relu6_becomes_hard_sigmoid_and_the_next_layer_takes_the_six(tail: str, 
 )
 def test_relu6_stays_where_the_six_has_no_place_to_go(old: str, new: str) -> None:
     model = make(RELU6.replace(old, new), "1, 4, 4, 6")
-    lowered = lower(model, "new")
+    lowered = lower(model, "opencv5")
     assert ops(lowered) == ops(model)
     np.testing.assert_array_equal(run(lowered), run(model))
 
@@ -340,8 +340,8 @@ def test_the_new_engine_fuses_hard_sigmoid_and_not_clip(tmp_path: Path) -> None:
         net.forward()
         return sum(net.getLayersCount(kind) for kind in ("Clip", "HardSigmoid")), net.getLayersCount("TransformLayout")
 
-    assert layers(lower(make(RELU6, "1, 4, 4, 6"), "classic")) == (1, 3)
-    assert layers(lower(make(RELU6, "1, 4, 4, 6"), "new")) == (0, 1)
+    assert layers(lower(make(RELU6, "1, 4, 4, 6"), "plain")) == (1, 3)
+    assert layers(lower(make(RELU6, "1, 4, 4, 6"), "opencv5")) == (0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_depthwise_by_rows_computes_the_same(
     window: tuple[int, int], size: tuple[int, int], stride: int, pads: list[int], bias: bool
 ) -> None:
     model = depthwise(window, size, stride, pads, bias, clip=False)
-    lowered = lower(model, "classic-cpu")
+    lowered = lower(model, "opencv4")
     onnx.checker.check_model(lowered, full_check=True)
     kernels = [attributes(node)["kernel_shape"] for node in lowered.graph.node if node.op_type == "Conv"]
     assert kernels[1:] and all(kernel == [1, window[1]] for kernel in kernels[1:])
@@ -396,7 +396,7 @@ DEPTHWISE = [  # window, map, stride, padding, bias, bands
 def test_depthwise_by_rows_is_right_in_every_engine(
     window: tuple[int, int], size: tuple[int, int], stride: int, pads: list[int], bias: bool, bands: int, tmp_path: Path
 ) -> None:
-    lowered = lower(depthwise(window, size, stride, pads, bias, clip=True), "classic-cpu")
+    lowered = lower(depthwise(window, size, stride, pads, bias, clip=True), "opencv4")
     assert "deep" in [node.name for node in lowered.graph.node]
     assert ops(lowered).count("Conv") == 1 + bands
     assert statuses(lowered, tmp_path) == everywhere("ok")
@@ -407,14 +407,14 @@ def test_depthwise_by_rows_is_right_in_every_engine(
 def test_depthwise_by_rows_is_right_in_opencv_4(opencv: str, tmp_path: Path) -> None:
     """OpenCV folds the nodes that make the weights; where it did not, the convolution would not load."""
     for window, size, stride, pads, bias, _ in DEPTHWISE:
-        lowered = lower(depthwise(window, size, stride, pads, bias, clip=False), "classic-cpu")
+        lowered = lower(depthwise(window, size, stride, pads, bias, clip=False), "opencv4")
         assert statuses(lowered, tmp_path, opencv) == {"onnxruntime": "ok", "opencv-classic": "ok"}
 
 
 def test_depthwise_by_rows_is_for_the_classic_engines_cpu_code_only() -> None:
     model = depthwise((5, 5), (14, 14), 1, [2, 2, 2, 2], bias=True, clip=True)
-    assert ops(lower(model, "classic")) == ["Conv", "Conv", "Clip"]
-    assert ops(lower(model, "new")).count("Conv") == 2 and "Reshape" not in ops(lower(model, "new"))
+    assert ops(lower(model, "plain")) == ["Conv", "Conv", "Clip"]
+    assert ops(lower(model, "opencv5")).count("Conv") == 2 and "Reshape" not in ops(lower(model, "opencv5"))
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_depthwise_by_rows_leaves_others_alone(window: tuple[int, int], attribut
     model = make(body, "", taps=taps)
     model.graph.output[0].type.tensor_type.ClearField("shape")
     model = onnx.shape_inference.infer_shapes(model)
-    assert ops(lower(model, "classic-cpu")) == ["Conv", "Conv"]
+    assert ops(lower(model, "opencv4")) == ["Conv", "Conv"]
 
 
 def test_depthwise_by_rows_keeps_the_file_small() -> None:
@@ -449,7 +449,7 @@ def test_depthwise_by_rows_keeps_the_file_small() -> None:
     """
     model = make(body, "1, 256, 14, 14", taps=taps, wider=np.ones((256, 3, 1, 1), np.float32))
     # a row of zeros for five of taps, and 4 kB of nodes; the wide weights themselves are 2 MB
-    assert lower(model, "classic-cpu").ByteSize() < lower(model).ByteSize() + 2 * (taps.nbytes * 1.2 + 4000)
+    assert lower(model, "opencv4").ByteSize() < lower(model).ByteSize() + 2 * (taps.nbytes * 1.2 + 4000)
 
 
 # ---------------------------------------------------------------------------------------------------------------

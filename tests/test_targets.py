@@ -16,7 +16,7 @@ CPU = Target(
     description="x86-64 or arm64 CPU with the stock OpenCV wheels",
     arch=("x86_64", "aarch64", "arm64", "AMD64"),
     backend="opencv/cpu",
-    engine="new",
+    form="opencv5",
     precision="fp32",
     opencv=">=4.5.4,<5.1",
     prove_on=("4.14.0.94", "5.0.0.93"),
@@ -102,7 +102,7 @@ def test_a_file_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert read_target(str(path)) == expected
     monkeypatch.chdir(tmp_path)
     assert read_target("board.toml") == expected
-    assert (expected.backend, expected.engine, expected.precision) == ("opencv/cpu", "new", "fp32")
+    assert (expected.backend, expected.form, expected.precision) == ("opencv/cpu", "opencv5", "fp32")
     assert (expected.python, expected.threads, expected.latency_budget_ms) == (">=3.8", 0, None)
 
 
@@ -140,7 +140,7 @@ def test_not_text(tmp_path: Path) -> None:
 
 def test_an_unknown_key(tmp_path: Path) -> None:
     known = (
-        "arch, backend, description, engine, install, latency_budget_ms, name, opencv, precision, prove_on, python, "
+        "arch, backend, description, form, install, latency_budget_ms, name, opencv, precision, prove_on, python, "
         "requirements, threads"
     )
     assert fault(tmp_path, MINIMAL + "thread = 2\n") == f": unknown key thread (known: {known})"
@@ -160,8 +160,8 @@ def test_every_missing_key_is_named(tmp_path: Path) -> None:
             'backend = "cuda"',
             "backend: Input should be 'opencv/cpu', 'openvino/cpu', 'cuda/fp32' or 'cuda/fp16', got 'cuda'",
         ),
-        ('backend = "openvino/cpu"', 'OpenVINO computes the new form of a model wrongly: give engine = "classic"'),
-        ('engine = "ort"', "engine: Input should be 'classic', 'classic-cpu' or 'new', got 'ort'"),
+        ('backend = "openvino/cpu"', 'OpenVINO takes a model in the plain form: form = "plain"'),
+        ('form = "ort"', "form: Input should be 'opencv5', 'opencv4' or 'plain', got 'ort'"),
         ('precision = "int4"', "precision: Input should be 'fp32', got 'int4'"),
         ('python = "3.8"', "python: String should match pattern"),
         ('python = ">=3.8, <4"', "python: String should match pattern"),

@@ -29,7 +29,7 @@ def verified(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ve
         pytest.skip(str(error))
     run = tmp_path_factory.mktemp("verify") / "digits"
     shutil.copytree(finished_run, run)
-    export(run, "classic")
+    export(run, "plain")
     return verify(run, ["4.6", "4.14.0.94", "4.99"])
 
 
@@ -55,7 +55,7 @@ def test_the_rows_are_kept_beside_those_of_the_export(verified: Verified, finish
 
 
 def test_the_bundle_names_what_was_proved_and_what_is_refused(verified: Verified, tmp_path: Path) -> None:
-    target = read_target("cpu").model_copy(update={"engine": "classic", "prove_on": ("4.6.0.66", "4.14.0.94")})
+    target = read_target("cpu").model_copy(update={"form": "plain", "prove_on": ("4.6.0.66", "4.14.0.94")})
     built = bundle(verified.run, target, tmp_path)
     manifest = runner.read_manifest(built.path)
     assert (list(built.proved), list(built.refused)) == (manifest["proved"], manifest["refused"])
@@ -69,21 +69,21 @@ def test_the_bundle_names_what_was_proved_and_what_is_refused(verified: Verified
     assert requirements == ["numpy", "opencv-python-headless>=4.5.4,<5.1,!=4.6.*"]
 
 
-def test_a_model_that_was_made_for_another_engine_is_not_packed(verified: Verified, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"not made for the new engine, .* run `edgekit export .* --engine new`"):
+def test_a_model_in_another_form_is_not_packed(verified: Verified, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"not in the form opencv5, .* run `edgekit export .* --form opencv5`"):
         bundle(verified.run, read_target("cpu"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_on_which_nothing_is_right_gets_no_bundle(verified: Verified, tmp_path: Path) -> None:
-    target = read_target("cpu").model_copy(update={"engine": "classic", "prove_on": ("4.6.0.66",)})
+    target = read_target("cpu").model_copy(update={"form": "plain", "prove_on": ("4.6.0.66",)})
     with pytest.raises(ParityError, match=r"every OpenCV of the target cpu \(4\.6\.0\.66\): choose another backbone"):
         bundle(verified.run, target, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_device_refuses_an_opencv_that_was_found_wrong(verified: Verified, tmp_path: Path) -> None:
-    built = bundle(verified.run, read_target("cpu").model_copy(update={"engine": "classic"}), tmp_path)
+    built = bundle(verified.run, read_target("cpu").model_copy(update={"form": "plain"}), tmp_path)
     command = [str(opencv_python("4.6")), "-I", str(built.path / "run.py"), "check"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 2 and answer.stdout == ""

@@ -27,8 +27,8 @@ from edgekit.lowering import (
     static_shapes,
 )
 
-# What a model is made fast for: "classic" is what OpenVINO and CUDA take, "classic-cpu" OpenCV 4.x's own CPU code.
-Engine = Literal["classic", "classic-cpu", "new"]
+# What a model is made fast for: OpenCV 5.0's own engine, 4.x's own CPU code, or any other ("plain": OpenVINO, CUDA).
+Form = Literal["opencv5", "opencv4", "plain"]
 
 # In this order. The first two come first: they make the constants and shapes that the others read.
 REWRITES: tuple[Callable[[ir.Model], None], ...] = (
@@ -43,21 +43,21 @@ REWRITES: tuple[Callable[[ir.Model], None], ...] = (
 )
 
 # What makes one engine faster and another slower. All compute the same from each.
-TUNING: Mapping[Engine, tuple[Callable[[ir.Model], None], ...]] = {
-    "classic": (),
-    "classic-cpu": (depthwise_5x5.rewrite,),
-    "new": (relu6.rewrite,),
+TUNING: Mapping[Form, tuple[Callable[[ir.Model], None], ...]] = {
+    "opencv5": (relu6.rewrite,),
+    "opencv4": (depthwise_5x5.rewrite,),
+    "plain": (),
 }
 
 
-def lower(model: onnx.ModelProto, engine: Engine = "new") -> onnx.ModelProto:
+def lower(model: onnx.ModelProto, form: Form = "opencv5") -> onnx.ModelProto:
     """A model that computes the same (to rounding) and that cv2.dnn runs as it should; the argument is not changed.
 
-    engine: which one it is to be fast in; it is right in all. Inputs, outputs and node names are kept. Raises
+    form: where it is to be fast; it is right in every engine. Inputs, outputs and node names are kept. Raises
     ArtifactError where an input or output has no fixed shape.
     """
     lowered = ir.from_proto(model)
-    for rewrite in (*REWRITES, *TUNING[engine]):
+    for rewrite in (*REWRITES, *TUNING[form]):
         rewrite(lowered)
     RemoveUnusedNodesPass()(lowered)  # the constants that a rewritten node no longer reads
     return ir.to_proto(lowered)

@@ -7,7 +7,7 @@ that the 6 goes into its weights. The result differs by rounding.
 Seen on: 5.0.0 new (EfficientNet-Lite0 takes a quarter longer with Clip). The classic engine fuses Clip and is a few
 per cent faster with it, so this rewrite is for the new engine only. 4.6.0 cannot load Clip as torch's exporter writes
 it, and loads this.
-OpenVINO 2026.4 computes this HardSigmoid wrongly, so a model for it is made for the classic engine too.
+OpenVINO 2026.4 computes this HardSigmoid wrongly: it takes the plain form.
 Issue: none known.
 """
 
