@@ -4,7 +4,7 @@ Fault: torch's exporter writes ReduceMean over height and width. Since opset 18 
 importers do not read: they average over everything, and say nothing, or do not load it. Where it is read, CUDA has no
 Reduce layer, so each one costs a trip to the CPU and back. And neither ReduceMean nor GlobalAveragePool works on the
 blocked layout of the new engine: each map is turned to NCHW before it, and squeeze-and-excitation goes on so.
-AveragePool does: MobileNetV3 small loses 20 of its 22 changes of layout and a tenth of its time.
+AveragePool does: MobileNetV3 small loses 20 of its 22 changes of layout (and 1 % of its time: docs/lowering.md).
 Seen on: 4.6.0 (silently wrong or raised), 5.0.0 new (slow). Reported on: 4.8.0 (silently wrong values), CUDA (slow).
 Right, and as fast: 4.10.0, 4.14.0, 5.0.0 classic.
 Issues: opencv #25118 (axes as an input), #24198 (4.8.0), #24064 (CUDA).
