@@ -301,7 +301,10 @@ def evaluate(
 def export(
     run: Run,
     engine: Annotated[
-        str, typer.Option(help="Make it fast for this engine: new (OpenCV 5.0's) or classic (4.x).")
+        str,
+        typer.Option(
+            help="Make it fast for: new (OpenCV 5.0's engine), classic-cpu (4.x's) or classic (other backends)."
+        ),
     ] = "new",
     as_json: AsJson = False,
 ) -> None:
@@ -312,8 +315,8 @@ def export(
     """
     from edgekit.artifacts import open_run
 
-    if engine not in ("new", "classic"):
-        raise UsageError(f"no engine named {engine!r}: give new or classic")
+    if engine not in ("new", "classic", "classic-cpu"):
+        raise UsageError(f"no engine named {engine!r}: give new, classic-cpu or classic")
     open_run(run)
     from edgekit.progress import display
 
@@ -506,48 +509,6 @@ def run(
     raise typer.Exit(code)
 
 
-targets = typer.Typer(help="Show the devices that bundles are built for.", rich_markup_mode=None)
-app.add_typer(targets, name="targets")
-
-
-@targets.callback(invoke_without_command=True)
-def _list_targets(context: typer.Context, as_json: AsJson = False) -> None:
-    """Show the devices that bundles are built for.
-
-    `edgekit targets show NAME` explains one. `edgekit bundle RUN --target my-board.toml` takes a file of your own
-    (docs/targets.md).
-    """
-    if context.invoked_subcommand:
-        return
-    from edgekit.targets import read_target, target_names
-
-    chosen = [read_target(name) for name in target_names()]
-    if as_json:
-        _print_json([target.model_dump(mode="json") for target in chosen])
-        return
-    for target in chosen:
-        typer.echo(f"{target.name:<13} {target.backend:<13} {target.description}")
-
-
-@targets.command("show")
-def _show_target(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `edgekit targets`, or a .toml file.")],
-    as_json: AsJson = False,
-) -> None:
-    """Explain one: what each setting is, and what it means."""
-    from edgekit.targets import Target, read_target
-
-    target = read_target(name)
-    if as_json:
-        _print_json(target.model_dump(mode="json"))
-        return
-    for key, value in target.model_dump(mode="json").items():
-        shown = [NONE] if value is None else [str(line) for line in value] if isinstance(value, list) else [str(value)]
-        separator = "\n" + " " * 19 if key in ("install", "requirements") else ", "
-        typer.echo(f"{key:<18} {separator.join(shown)}")
-        typer.echo(f"{'':<18} {Target.model_fields[key].description}\n")
-
-
 @app.command()
 def backbones(
     names: Annotated[
@@ -636,6 +597,48 @@ def _print_findings(findings: Iterable[Finding]) -> None:
         typer.echo(f"{marks[finding.ok]:<8} {finding.topic:<22} {finding.value}{advice}")
 
 
+targets = typer.Typer(help="Show the devices that bundles are built for.", rich_markup_mode=None)
+app.add_typer(targets, name="targets")
+
+
+@targets.callback(invoke_without_command=True)
+def _list_targets(context: typer.Context, as_json: AsJson = False) -> None:
+    """Show the devices that bundles are built for.
+
+    `edgekit targets show NAME` explains one. `edgekit bundle RUN --target my-board.toml` takes a file of your own
+    (docs/targets.md).
+    """
+    if context.invoked_subcommand:
+        return
+    from edgekit.targets import read_target, target_names
+
+    chosen = [read_target(name) for name in target_names()]
+    if as_json:
+        _print_json([target.model_dump(mode="json") for target in chosen])
+        return
+    for target in chosen:
+        typer.echo(f"{target.name:<13} {target.backend:<13} {target.description}")
+
+
+@targets.command("show")
+def _show_target(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `edgekit targets`, or a .toml file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Explain one: what each setting is, and what it means."""
+    from edgekit.targets import Target, read_target
+
+    target = read_target(name)
+    if as_json:
+        _print_json(target.model_dump(mode="json"))
+        return
+    for key, value in target.model_dump(mode="json").items():
+        shown = [NONE] if value is None else [str(line) for line in value] if isinstance(value, list) else [str(value)]
+        separator = "\n" + " " * 19 if key in ("install", "requirements") else ", "
+        typer.echo(f"{key:<18} {separator.join(shown)}")
+        typer.echo(f"{'':<18} {Target.model_fields[key].description}\n")
+
+
 opencv_app = typer.Typer(
     help="Give OpenCV a faster backend: OpenVINO, or CUDA.\n\n"
     "OpenVINO is for the CPUs of PCs and arm64 boards, CUDA for NVIDIA's GPUs and boards. The OpenCV that pip "
@@ -665,10 +668,10 @@ def opencv_add_openvino(
 ) -> None:
     """Build the OpenVINO plugin: several times the speed on a CPU.
 
-    One file of 7 MB that the stock opencv-python-headless of one version loads, where openvino from PyPI is installed
-    too. It is compiled here once (a quarter of an hour; after Ctrl-C the same command goes on), checked against
-    OpenCV's own results where it can run here, and kept in the cache; for aarch64 by a cross-compiler. It computes in
-    f32 unless OPENCV_DNN_OPENVINO_PRECISION says f16, bf16 or auto.
+    One file of 7 to 9 MB that the stock opencv-python-headless of one version loads, where openvino from PyPI is
+    installed too. It is compiled here once (a quarter of an hour; after Ctrl-C the same command goes on), checked
+    against OpenCV's own results where it can run here, and kept in the cache; for aarch64 by a cross-compiler. It
+    computes in f32 unless OPENCV_DNN_OPENVINO_PRECISION says f16, bf16 or auto.
     """
     from edgekit import plugin
     from edgekit.progress import display

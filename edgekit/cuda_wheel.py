@@ -131,7 +131,7 @@ def plan_cuda(compute: str, toolkit: Toolkit, jobs: int | None = None) -> Plan:
     """What a build for a compute capability with this CUDA does. Fetches nothing."""
     version = toolkit.version
     name = f"cuda-{OPENCV}-{compute}-cuda{version[0]}.{version[1]}"
-    folder = cache_folder() / "builds" / name
+    folder = (cache_folder() / "builds" / name).absolute()
     options = {
         "BUILD_LIST": MODULES,
         "BUILD_SHARED_LIBS": "OFF",

@@ -43,7 +43,7 @@ ENTRY = b"opencv_dnn_plugin_init_v0\0"
 PRECISION_VARIABLE = "OPENCV_DNN_OPENVINO_PRECISION"
 
 
-# What Debian 12, Ubuntu 22.04 and JetPack 6 have. openvino's own wheel needs the same glibc.
+# What Ubuntu 22.04 and JetPack 6 have (Debian 12 has more). For arm64, openvino's own wheel needs the same glibc.
 GLIBC, GLIBCXX = (2, 35), (3, 4, 30)
 
 
@@ -236,10 +236,11 @@ def add_precision_setting(text: str) -> str:
 def plan_openvino(arch: str, jobs: int | None = None) -> Plan:
     """What a build of the plugin for an architecture does. Fetches nothing. Raises UsageError, SetupError."""
     result = plugin_path(arch)
-    folder = cache_folder() / "builds" / result.parent.name
+    folder = (cache_folder() / "builds" / result.parent.name).absolute()  # the compiler runs elsewhere
     source, build = folder / "source" / "opencv", folder / "build"
     options = {
-        "CMAKE_MAKE_PROGRAM": "ninja",  # by name: OpenCV writes what stands here into the library
+        "CMAKE_MAKE_PROGRAM": "ninja",  # by name: OpenCV writes what stands here, and in the next, into the library
+        "PYTHON_DEFAULT_EXECUTABLE": "python3",
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_INSTALL_PREFIX": "/usr",
         "CMAKE_CXX_STANDARD": "17",  # OpenVINO's headers
@@ -294,7 +295,7 @@ LINK = (
     "-Wl,--enable-new-dtags -Wl,-rpath,\\$ORIGIN/../openvino/libs"
 )
 OFF_PLUGIN = ("WITH_JPEG", "WITH_PNG", "WITH_V4L", "WITH_CUDA", "BUILD_opencv_python3")
-WHEEL_SIZES = {"x86_64": "57 MB", "aarch64": "30 MB"}
+WHEEL_SIZES = {"x86_64": "59 MB", "aarch64": "30 MB"}
 
 
 def machine() -> str:
@@ -386,8 +387,12 @@ if targets:
     answers = []
     for framework in ("onnx", "openvino"):
         net = dnn.readNet(sys.argv[1], "", framework)
+        if framework == "onnx":
+            net.setPreferableBackend(dnn.DNN_BACKEND_OPENCV)
         net.setInput(image)
         answers.append(net.forward())
+    if "OpenVINO/CPU" not in net.dump():
+        sys.exit("the network did not run through OpenVINO")
     error = float(abs(answers[1] - answers[0]).max() / abs(answers[0]).max())
 names = {getattr(dnn, key): key[11:].lower() for key in dir(dnn) if key.startswith("DNN_TARGET_")}
 print(json.dumps({"targets": [names.get(each, str(each)) for each in targets], "relative_error": error, "message": ""}))
@@ -399,18 +404,18 @@ def try_plugin(path: Path, python: Path, isolated: bool = True) -> Trial:
 
     isolated: without the user's own packages and PYTHONPATH; False for an interpreter that is used with them.
     """
-    variables = {**os.environ, "OPENCV_DNN_PLUGIN_PATH": str(path.parent), "OPENCV_LOG_LEVEL": "ERROR"}
+    variables = {**os.environ, "OPENCV_DNN_PLUGIN_PATH": str(path.parent.absolute()), "OPENCV_LOG_LEVEL": "ERROR"}
     variables.pop(PRECISION_VARIABLE, None)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "small.onnx")
         model.write_bytes(_small_model())
-        command = [str(python), *(["-I"] if isolated else []), "-c", _TRIAL, str(model), openvino_soname()]
+        command = [str(python.absolute()), *(["-I"] if isolated else []), "-c", _TRIAL, str(model), openvino_soname()]
         try:
             done = subprocess.run(
                 command, env=variables, cwd=folder, capture_output=True, text=True, timeout=TRIAL_S, check=False
             )
         except subprocess.TimeoutExpired:
-            return Trial((), None, f"a network of one layer did not end within {TRIAL_S:g} s")
+            return Trial((), None, f"a network of two layers did not end within {TRIAL_S:g} s")
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         return Trial((), None, lines[-1] if lines else f"the process ended with code {done.returncode}")
@@ -435,20 +440,22 @@ MAX_RELATIVE_ERROR = 1e-4  # f32 in another order; bf16 would be 1e-3 and more
 
 
 def _small_model() -> bytes:
-    """An ONNX network with a convolution whose sums are long enough to show a lower precision."""
+    """An ONNX network of two convolutions, with sums that are long enough to show a lower precision."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
-    weights = np.random.default_rng(1).standard_normal((8, 3, 5, 5)).astype(np.float32)
+    random = np.random.default_rng(1)
+    first, second = (random.standard_normal(shape).astype(np.float32) for shape in ((64, 3, 5, 5), (8, 64, 3, 3)))
     graph = helper.make_graph(
         [
             helper.make_node("Conv", ["x", "w"], ["c"], kernel_shape=[5, 5], pads=[2, 2, 2, 2]),
-            helper.make_node("Relu", ["c"], ["y"]),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("Conv", ["r", "v"], ["y"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
         ],
         "small",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 32, 32])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, 32, 32])],
-        [numpy_helper.from_array(weights, "w")],
+        [numpy_helper.from_array(first, "w"), numpy_helper.from_array(second, "v")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     data: bytes = model.SerializeToString()

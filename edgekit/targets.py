@@ -36,9 +36,10 @@ class Target(BaseModel):
     backend: Literal["opencv/cpu", "openvino/cpu", "cuda/fp32", "cuda/fp16"] = Field(
         "opencv/cpu", description="cv2.dnn's backend and what it computes in: one named pair, never mixed."
     )
-    engine: Literal["classic", "new"] = Field(
+    engine: Literal["classic", "classic-cpu", "new"] = Field(
         "new",
-        description="The form of the model: made fast for classic (OpenCV 4.x, OpenVINO, CUDA) or new (5.0's own).",
+        description="The form of the model: made fast for classic-cpu (OpenCV 4.x's own CPU code), classic (what "
+        "OpenVINO and CUDA take) or new (5.0's own).",
     )
     precision: Literal["fp32"] = Field("fp32", description="The model variant that this target gets.")
     opencv: Range = Field(description='OpenCV versions that may be installed there, such as ">=4.5.4,<5.1".')

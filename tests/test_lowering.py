@@ -345,6 +345,114 @@ def test_the_new_engine_fuses_hard_sigmoid_and_not_clip(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# depthwise_5x5
+
+
+def depthwise(
+    window: tuple[int, int], size: tuple[int, int], stride: int, pads: list[int], bias: bool, clip: bool
+) -> onnx.ModelProto:
+    """A depthwise convolution of four maps of a size, with or without a bias, and ReLU6 after it."""
+    top, left = size[0] - 4, size[1] - 6  # the first convolution gives 4x6 and what is padded
+    more = {"taps": RANDOM.standard_normal((4, 1, *window)).astype(np.float32), "b": np.arange(4, dtype=np.float32)}
+    out = [(size[i] + pads[i] + pads[i + 2] - window[i]) // stride + 1 for i in (0, 1)]
+    body = f"""
+        c = Conv<kernel_shape=[3, 3], pads=[{top}, {left}, 0, 0]>(image, w)
+        [deep] d = Conv<group=4, kernel_shape=[{window[0]}, {window[1]}], strides=[{stride}, {stride}], pads={pads}>
+            (c, taps{", b" if bias else ""})
+        {"logits = Clip(d, zero, six)" if clip else "logits = Identity(d)"}
+    """
+    return make(body, f"1, 4, {out[0]}, {out[1]}", **more)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    window=st.tuples(st.integers(4, 7), st.integers(4, 7)),
+    size=st.tuples(st.integers(7, 40), st.integers(7, 20)),
+    stride=st.integers(1, 3),
+    pads=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    bias=st.booleans(),
+)
+def test_depthwise_by_rows_computes_the_same(
+    window: tuple[int, int], size: tuple[int, int], stride: int, pads: list[int], bias: bool
+) -> None:
+    model = depthwise(window, size, stride, pads, bias, clip=False)
+    lowered = lower(model, "classic-cpu")
+    onnx.checker.check_model(lowered, full_check=True)
+    kernels = [attributes(node)["kernel_shape"] for node in lowered.graph.node if node.op_type == "Conv"]
+    assert kernels[1:] and all(kernel == [1, window[1]] for kernel in kernels[1:])
+    np.testing.assert_allclose(run(lowered), run(model), rtol=1e-4, atol=1e-4)
+
+
+DEPTHWISE = [  # window, map, stride, padding, bias, bands
+    ((5, 5), (7, 7), 1, [2, 2, 2, 2], True, 1),
+    ((5, 5), (14, 14), 2, [1, 1, 2, 2], True, 1),  # as TensorFlow pads
+    ((5, 5), (29, 28), 1, [2, 2, 2, 2], True, 4),  # the last of them shorter
+    ((5, 5), (56, 20), 2, [2, 2, 2, 2], False, 4),
+    ((7, 7), (14, 14), 1, [3, 3, 3, 3], False, 1),
+]
+
+
+@pytest.mark.parametrize(("window", "size", "stride", "pads", "bias", "bands"), DEPTHWISE)
+def test_depthwise_by_rows_is_right_in_every_engine(
+    window: tuple[int, int], size: tuple[int, int], stride: int, pads: list[int], bias: bool, bands: int, tmp_path: Path
+) -> None:
+    lowered = lower(depthwise(window, size, stride, pads, bias, clip=True), "classic-cpu")
+    assert "deep" in [node.name for node in lowered.graph.node]
+    assert ops(lowered).count("Conv") == 1 + bands
+    assert statuses(lowered, tmp_path) == everywhere("ok")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opencv", ["4.6", "4.10", "4.14"])
+def test_depthwise_by_rows_is_right_in_opencv_4(opencv: str, tmp_path: Path) -> None:
+    """OpenCV folds the nodes that make the weights; where it did not, the convolution would not load."""
+    for window, size, stride, pads, bias, _ in DEPTHWISE:
+        lowered = lower(depthwise(window, size, stride, pads, bias, clip=False), "classic-cpu")
+        assert statuses(lowered, tmp_path, opencv) == {"onnxruntime": "ok", "opencv-classic": "ok"}
+
+
+def test_depthwise_by_rows_is_for_the_classic_engines_cpu_code_only() -> None:
+    model = depthwise((5, 5), (14, 14), 1, [2, 2, 2, 2], bias=True, clip=True)
+    assert ops(lower(model, "classic")) == ["Conv", "Conv", "Clip"]
+    assert ops(lower(model, "new")).count("Conv") == 2 and "Reshape" not in ops(lower(model, "new"))
+
+
+@pytest.mark.parametrize(
+    ("window", "attribute", "channels"),
+    [
+        ((3, 3), "group=4", 1),  # the engine has fast code for it: by rows it takes half as long again
+        ((5, 1), "group=4", 1),
+        ((5, 5), "group=4, dilations=[2, 2]", 1),
+        ((5, 5), "group=2", 2),  # not depthwise
+        ((5, 5), "group=1", 4),
+        ((5, 5), 'group=4, auto_pad="SAME_UPPER"', 1),
+    ],
+)
+def test_depthwise_by_rows_leaves_others_alone(window: tuple[int, int], attribute: str, channels: int) -> None:
+    taps = RANDOM.standard_normal((4, channels, *window)).astype(np.float32)
+    body = f"""
+        c = Conv<kernel_shape=[3, 3], pads=[9, 9, 9, 9]>(image, w)
+        logits = Conv<kernel_shape=[{window[0]}, {window[1]}], {attribute}>(c, taps)
+    """
+    model = make(body, "", taps=taps)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    model = onnx.shape_inference.infer_shapes(model)
+    assert ops(lower(model, "classic-cpu")) == ["Conv", "Conv"]
+
+
+def test_depthwise_by_rows_keeps_the_file_small() -> None:
+    taps = RANDOM.standard_normal((256, 1, 5, 5)).astype(np.float32)
+    body = """
+        c = Conv<kernel_shape=[1, 1], pads=[4, 3, 4, 3]>(image, wider)
+        d = Conv<group=256, kernel_shape=[5, 5], pads=[2, 2, 2, 2]>(c, taps)
+        logits = Conv<group=256, kernel_shape=[5, 5], pads=[2, 2, 2, 2]>(d, taps)
+    """
+    model = make(body, "1, 256, 14, 14", taps=taps, wider=np.ones((256, 3, 1, 1), np.float32))
+    # a row of zeros for five of taps, and 4 kB of nodes; the wide weights themselves are 2 MB
+    assert lower(model, "classic-cpu").ByteSize() < lower(model).ByteSize() + 2 * (taps.nbytes * 1.2 + 4000)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # hard_sigmoid
 
 

@@ -179,6 +179,8 @@ def test_the_plan_is_shown_and_nothing_is_done(
     crossed = any(option.startswith("-DCMAKE_TOOLCHAIN_FILE=") for option in options)
     assert crossed == (arch != plugin.machine())
     assert lines[-2].endswith(" -j 3 opencv_dnn_openvino")
+    monkeypatch.setenv(environments.CACHE_VARIABLE, "here")
+    assert plugin.plan_openvino(arch).folder == Path.cwd() / "here" / "builds" / f"openvino-4.14.0.94-2026.4.1-{arch}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the plugin is built on Linux")
@@ -292,7 +294,7 @@ def test_the_plugin_is_built_from_source(arch: str, cache: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     path = add_openvino(arch, progress=lambda *step: steps.append(step))
     found = read_plugin(path, arch)
-    assert found.has_precision and found.opencv == "4.14.0" and path.stat().st_size < 9 * 10**6
+    assert found.has_precision and found.opencv == "4.14.0" and path.stat().st_size < 10**7
     assert str(cache).encode() not in path.read_bytes() and str(Path.home()).encode() not in path.read_bytes()
     done, total = steps[-1 if arch != plugin.machine() else -2][1:]
     assert done == total > 400

@@ -161,7 +161,7 @@ def test_every_missing_key_is_named(tmp_path: Path) -> None:
             "backend: Input should be 'opencv/cpu', 'openvino/cpu', 'cuda/fp32' or 'cuda/fp16', got 'cuda'",
         ),
         ('backend = "openvino/cpu"', 'OpenVINO computes the new form of a model wrongly: give engine = "classic"'),
-        ('engine = "ort"', "engine: Input should be 'classic' or 'new', got 'ort'"),
+        ('engine = "ort"', "engine: Input should be 'classic', 'classic-cpu' or 'new', got 'ort'"),
         ('precision = "int4"', "precision: Input should be 'fp32', got 'int4'"),
         ('python = "3.8"', "python: String should match pattern"),
         ('python = ">=3.8, <4"', "python: String should match pattern"),
