@@ -19,9 +19,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgekit.arm64 import check_on_arm64
-
 from edgekit import plugin
+from edgekit.arm64 import check_on_arm64
 from edgekit.environments import opencv_python
 from edgekit.targets import Target, read_target, target_names
 
