@@ -106,7 +106,7 @@ say "built $name in $((SECONDS - began)) s, $(grep -c 'Using cache' "$work/log" 
 
 # -- what is in it
 
-tried=$(store from --pull-never "$name")
+tried=$(store from --pull-never --arch arm64 "$name")
 root=$(store mount "$tried")
 megabytes() { du -sxm "$@" 2>/dev/null | awk '{ sum += $1 } END { printf "%d MB", sum }'; }
 echo "  image        $(megabytes "$root") unpacked, $(tar -C "$root" -cf - . | gzip -1 | wc -c | awk '{ printf "%d MB", $1 / 1e6 }') packed"

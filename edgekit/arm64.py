@@ -137,12 +137,22 @@ def refuse_cpus(cpus: Sequence[str]) -> None:
 
 
 def proved_opencvs(bundle: Path) -> tuple[str, ...]:
-    """The versions that a bundle's manifest names as proved, each once. Raises ArtifactError, UsageError."""
-    proved = read_json(bundle / "manifest.json").get("proved")
-    rows = proved if isinstance(proved, list) else []
-    versions = dict.fromkeys(str(row["opencv"]) for row in rows if isinstance(row, dict) and "opencv" in row)
+    """The versions that a bundle's manifest names as proved with its own backend, each once.
+
+    (It also names the workstation's OpenCV, which an OpenVINO bundle, say, does not run on.)
+    Raises ArtifactError, and UsageError where there are none.
+    """
+    manifest = read_json(bundle / "manifest.json")
+    try:
+        engines = runner.BACKENDS[manifest["backend"]]
+        versions = dict.fromkeys(row["opencv"] for row in manifest["proved"] if row["engine"] in engines)
+    except (KeyError, TypeError):
+        raise ArtifactError(f"{bundle / 'manifest.json'} is damaged: copy the bundle again") from None
     if not versions:
-        raise UsageError(f"{bundle} names no OpenCV that it was proved on: give some, such as --opencv 4.14,debian-12")
+        raise UsageError(
+            f"{bundle} names no OpenCV that it was proved on with {manifest['backend']}: "
+            "give some, such as --opencv 4.14,debian-12"
+        )
     return tuple(versions)
 
 

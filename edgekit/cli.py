@@ -404,6 +404,8 @@ def _verify_bundle(bundle: Path, arch: str, cpus: tuple[str, ...], opencvs: tupl
         from edgekit import report
 
         _print_table(report.emulated_table(rows))
+        for reason in report.emulated_reasons(rows):
+            typer.echo(reason)
     raise typer.Exit(1 if statuses & {"failed", "refused"} else 3 if "not proved" in statuses else 0)
 
 

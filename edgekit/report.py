@@ -141,18 +141,25 @@ def verdicts_table(verdicts: Iterable[Verdict]) -> Table:
     return _table(rows, left=(1, 2, 6), caption=caption)
 
 
-def emulated_table(rows: Sequence[Emulated]) -> Table:
-    """What a bundle's own check said on each emulated CPU with each OpenCV."""
-    table = [["CPU", "OpenCV", "engine", "status", "images", "error", "s", "why"]]
+def emulated_table(rows: Iterable[Emulated]) -> Table:
+    """What a bundle's own check said on each emulated CPU with each OpenCV; emulated_reasons says why."""
+    table = [["CPU", "OpenCV", "engine", "status", "images", "error", "s"]]
     for row in rows:
         opencv = f"{row.opencv} ({row.found})" if row.found else row.opencv
         seconds = f"{row.seconds:.0f}" if row.seconds else NOTHING
         counts = [str(row.images or NOTHING), _error(row.relative_error), seconds]
-        table.append([row.cpu, opencv, row.engine or NOTHING, row.status, *counts, row.reason])
-    if not any(row.reason for row in rows):
-        table = [cells[:-1] for cells in table]
+        table.append([row.cpu, opencv, row.engine or NOTHING, row.status, *counts])
     caption = "error: share of the largest output; s: the check's seconds under emulation, which say nothing of speed"
-    return _table(table, left=(1, 2, 3, 7), caption=caption)
+    return _table(table, left=(1, 2, 3), caption=caption)
+
+
+def emulated_reasons(rows: Iterable[Emulated]) -> list[str]:
+    """A line for each reason why a row is not ok: the CPUs, the OpenCV, the reason."""
+    cpus: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        if row.reason:
+            cpus[row.opencv, row.reason].append(row.cpu)
+    return [f"OpenCV {opencv} on {', '.join(names)}: {reason}" for (opencv, reason), names in cpus.items()]
 
 
 def problems_table(problems: Iterable[Problem]) -> Table:
