@@ -85,18 +85,23 @@ def shake(model: torch.nn.Module, blobs: np.ndarray) -> None:
     model.eval()
 
 
-def make_model(name: str, folder: Path, size: int = 0) -> tuple[dict[Form, Path], np.ndarray, parity.Arrays]:
-    """A network by name → its ONNX file in each form, two input images and torch's answers."""
+def make_network(name: str, size: int = 0) -> tuple[torch.nn.Module, np.ndarray]:
+    """An architecture with weights under which every layer counts, and its input: float32 (2, 3, h, w)."""
     torch.manual_seed(0)
     model = backbones.build(name, CLASSES, pretrained=False, weights=None)
     names = tuple(str(i) for i in range(CLASSES))
     input_size = (size, size) if size else None
-    spec = backbones.default_spec(name, names, input_size=input_size, resize="crop", interpolation="area")
-    blobs = photos(spec)
+    blobs = photos(backbones.default_spec(name, names, input_size=input_size, resize="crop", interpolation="area"))
     shake(model, blobs)
+    return model, blobs
+
+
+def make_model(name: str, folder: Path, size: int = 0) -> tuple[dict[Form, Path], np.ndarray, parity.Arrays]:
+    """A network by name → its ONNX file in each form, two input images and torch's answers."""
+    model, blobs = make_network(name, size)
     with torch.inference_mode():
         expected = {"logits": model(torch.from_numpy(blobs)).numpy()}
-    exported = from_torch(model, spec.input_size, ("logits",))
+    exported = from_torch(model, blobs.shape[2:], ("logits",))
     paths = {form: folder / f"{name.replace(':', '-')}.{form}.onnx" for form in TUNING}
     for form, path in paths.items():
         onnx.save(lower(exported, form), path)

@@ -26,6 +26,15 @@ from edgekit.targets import Target, read_target, target_names
 
 Row = tuple[str, str, str]  # where, outcome, detail
 WHEELS = ("4.10.0.84", "4.14.0.94", "5.0.0.93")
+CORES = {"rpi4": ["cortex-a72"], "rpi5": ["cortex-a76"]}  # what is in them; other targets run on all of --cpus
+ARM64_OPENCV = {
+    "openvino/cpu": {"": [plugin.OPENCV]},
+    "opencv/cpu": {
+        "": ["4.14.0.94", "5.0.0.93"],
+        "rpi-debian": ["debian-12", "debian-13"],
+        "cpu-opencv4": ["4.14.0.94"],
+    },
+}
 
 
 def check(bundle: Path, python: Path | str, *options: str) -> tuple[str, str]:
@@ -58,9 +67,8 @@ def on_arm64(bundle: Path, target: Target, cpus: list[str]) -> Iterator[Row]:
     """Under qemu, for bundles that are for arm64 and do not need CUDA."""
     if "aarch64" not in target.arch or target.backend.startswith("cuda"):
         return
-    versions = [plugin.OPENCV] if target.backend == "openvino/cpu" else ["4.14.0.94", "5.0.0.93"]
-    versions = ["debian-12", "debian-13"] if target.name == "rpi-debian" else versions
-    for row in check_on_arm64(bundle, versions, cpus):
+    versions = ARM64_OPENCV[target.backend].get(target.name, ARM64_OPENCV[target.backend][""])
+    for row in check_on_arm64(bundle, versions, CORES.get(target.name, cpus)):
         error = "" if row.relative_error is None else f"off by {row.relative_error:.1e} at most"
         detail = ", ".join(part for part in (row.engine, f"OpenCV {row.found}", error, row.reason) if part)
         yield f"{row.cpu}, OpenCV {row.opencv}", row.status, detail

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from architectures import CLASSES, TOLERANCE, photos, shake
+from architectures import TOLERANCE, make_network
 
 from edgekit import backbones, parity, runner
 from edgekit.environments import opencv_python
@@ -50,23 +50,18 @@ print(json.dumps(rounds))
 
 def write_models(name: str, folder: Path) -> tuple[dict[str, Path], np.ndarray, np.ndarray]:
     """{"dynamo", "torchscript", and each of our forms: ONNX file}, an input image and torch's answer."""
-    torch.manual_seed(0)
-    model = backbones.build(name, CLASSES, pretrained=False, weights=None)
-    names = tuple(str(i) for i in range(CLASSES))
-    spec = backbones.default_spec(name, names, input_size=None, resize="crop", interpolation="area")
-    blobs = photos(spec)
-    shake(model, blobs)
+    model, blobs = make_network(name)
     with torch.inference_mode():
         expected = model(torch.from_numpy(blobs[:1])).numpy()
     files = {form: folder / f"{name}.{form}.onnx" for form in ("dynamo", "torchscript", *TUNING)}
-    zeros = torch.zeros(1, 3, *spec.input_size)
+    zeros = torch.zeros(1, *blobs.shape[1:])
     shared = {"input_names": ["image"], "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(model, (zeros,), dynamo=True, opset_version=18, verbose=False, **shared)
         onnx.save(program.model_proto, files["dynamo"])
         torch.onnx.export(model, (zeros,), str(files["torchscript"]), dynamo=False, opset_version=17, **shared)
-    exported = from_torch(model, spec.input_size, ("logits",))
+    exported = from_torch(model, blobs.shape[2:], ("logits",))
     for form in TUNING:
         onnx.save(lower(exported, form), files[form])
     return files, blobs[:1], expected

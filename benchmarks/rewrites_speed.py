@@ -16,11 +16,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
-from architectures import CLASSES, photos, shake
+from architectures import make_network
 from lowering_speed import is_right, time_rounds
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgekit import backbones
 from edgekit.environments import opencv_python
 from edgekit.lowering import REWRITES, TUNING, Form, depthwise_5x5, global_average_pool, relu6
 from edgekit.lowering.from_torch import from_torch
@@ -38,16 +37,11 @@ NETWORKS = ("tf_efficientnet_lite0", "mobilenetv3_large_100", "mobilenetv4_conv_
 
 def export(name: str, folder: Path) -> tuple[onnx.ModelProto, np.ndarray]:
     """The network as torch's exporter writes it, and its answer to the image that goes to folder/blob.npy."""
-    torch.manual_seed(0)
-    model = backbones.build(name, CLASSES, pretrained=False, weights=None)
-    names = tuple(str(i) for i in range(CLASSES))
-    spec = backbones.default_spec(name, names, input_size=None, resize="crop", interpolation="area")
-    blobs = photos(spec)
-    shake(model, blobs)
+    model, blobs = make_network(name)
     np.save(folder / "blob.npy", blobs[:1])
     with torch.inference_mode():
         expected = model(torch.from_numpy(blobs[:1])).numpy()
-    return from_torch(model, spec.input_size, ("logits",)), expected
+    return from_torch(model, blobs.shape[2:], ("logits",)), expected
 
 
 def lower_without(exported: onnx.ModelProto, form: Form, left_out: Rewrite | None) -> onnx.ModelProto:

@@ -60,7 +60,7 @@ def _try_plugin() -> plugin.Trial:
     try:
         path = plugin.find_plugin(plugin.machine())
     except (SetupError, UsageError) as error:
-        return plugin.Trial((), None, str(error))
+        return plugin.Trial(None, "", str(error))
     return plugin.try_plugin(path, Path(sys.executable), isolated=False)
 
 
@@ -69,8 +69,8 @@ def judge_openvino(targets: list[str], version: str, trial: plugin.Trial) -> Fin
     topic, wanted = "backend openvino", plugin.OPENCV.rpartition(".")[0]
     if targets:
         return Finding(topic, f"{', '.join(targets)}, in this OpenCV itself", True)
-    if trial.targets and trial.relative_error is not None:
-        value = f"{', '.join(trial.targets)}, by the plugin; off OpenCV's own result by {trial.relative_error:.0e}"
+    if trial.relative_error is not None:
+        value = f"{trial.precision}, by the plugin; off OpenCV's own result by {trial.relative_error:.0e}"
         right = trial.relative_error <= plugin.MAX_RELATIVE_ERROR
         advice = "" if right else "a lower precision, or wrong: `edgekit opencv add openvino` builds one that is right"
         return Finding(topic, value, right, advice)

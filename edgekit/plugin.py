@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekit import runner
 from edgekit.artifacts import replacing, write_text
 from edgekit.compiling import (
     OFF,
@@ -33,14 +34,14 @@ from edgekit.compiling import (
 )
 from edgekit.environments import cache_folder, opencv_python, unpack_wheel
 from edgekit.errors import ArtifactError, ParityError, SetupError, UsageError
+from edgekit.runner import PLUGIN_FILE, PRECISION_VARIABLE
 
 OPENCV = "4.14.0.94"
 OPENVINO = "2026.4.1"
-FILE_NAME = "libopencv_dnn_openvino.so"
+FILE_NAME = PLUGIN_FILE
 ARCHES = {"x86_64": 62, "aarch64": 183}  # ELF's e_machine
 
 ENTRY = b"opencv_dnn_plugin_init_v0\0"
-PRECISION_VARIABLE = "OPENCV_DNN_OPENVINO_PRECISION"
 
 
 # What Ubuntu 22.04 and JetPack 6 have (Debian 12 has more). For arm64, openvino's own wheel needs the same glibc.
@@ -362,71 +363,55 @@ def _check_built(built: Path, arch: str, progress: Progress) -> None:
 class Trial:
     """What an interpreter's OpenCV made of the plugin, in a process of its own."""
 
-    targets: tuple[str, ...]  # of cv2.dnn's OpenVINO backend; () where the plugin was not loaded
-    relative_error: float | None  # of a small network against OpenCV's own CPU backend; None where it was not run
+    relative_error: float | None  # of a small network against OpenCV's own engine; None where it did not run
+    precision: str  # that it computed in, "fp32" where it is as it should be
     message: str  # what went wrong, or ""
 
 
 TRIAL_S = 120.0
-# As run.py does it: OpenVINO's libraries are loaded first, since the plugin is not beside them.
-_TRIAL = """
-import ctypes, importlib.util, json, sys
-from pathlib import Path
-spec = importlib.util.find_spec("openvino")
-if not spec or not spec.origin:
-    sys.exit("openvino is not installed")
-libs = Path(spec.origin).parent / "libs"
-for name in ("libtbb.so.12", "libopenvino.so." + sys.argv[2]):
-    ctypes.CDLL(str(libs / name), ctypes.RTLD_GLOBAL)
-import numpy as np
-from cv2 import dnn
-targets = [int(each) for each in dnn.getAvailableTargets(dnn.DNN_BACKEND_INFERENCE_ENGINE)]
-error = None
-if targets:
-    image = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
-    answers = []
-    for framework in ("onnx", "openvino"):
-        net = dnn.readNet(sys.argv[1], "", framework)
-        if framework == "onnx":
-            net.setPreferableBackend(dnn.DNN_BACKEND_OPENCV)
-        net.setInput(image)
-        answers.append(net.forward())
-    if "OpenVINO/CPU" not in net.dump():
-        sys.exit("the network did not run through OpenVINO")
-    error = float(abs(answers[1] - answers[0]).max() / abs(answers[0]).max())
-names = {getattr(dnn, key): key[11:].lower() for key in dir(dnn) if key.startswith("DNN_TARGET_")}
-print(json.dumps({"targets": [names.get(each, str(each)) for each in targets], "relative_error": error, "message": ""}))
-"""
 
 
 def try_plugin(path: Path, python: Path, isolated: bool = True) -> Trial:
-    """Loads the plugin into an interpreter's OpenCV, as run.py would, and runs a small network through it.
+    """Runs a small network through the plugin in an interpreter's OpenCV, and through that OpenCV itself.
 
     isolated: without the user's own packages and PYTHONPATH; False for an interpreter that is used with them.
     """
-    variables = {**os.environ, "OPENCV_DNN_PLUGIN_PATH": str(path.parent.absolute()), "OPENCV_LOG_LEVEL": "ERROR"}
-    variables.pop(PRECISION_VARIABLE, None)
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder, "small.onnx")
-        model.write_bytes(_small_model())
-        command = [str(python.absolute()), *(["-I"] if isolated else []), "-c", _TRIAL, str(model), openvino_soname()]
-        try:
-            done = subprocess.run(
-                command, env=variables, cwd=folder, capture_output=True, text=True, timeout=TRIAL_S, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return Trial((), None, f"a network of two layers did not end within {TRIAL_S:g} s")
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return Trial((), None, lines[-1] if lines else f"the process ended with code {done.returncode}")
-    said = json.loads(done.stdout.splitlines()[-1])
-    return Trial(tuple(said["targets"]), said["relative_error"], said["message"])
+    import numpy as np
+
+    answers, said = {}, {"precision": "", "ran_on": ""}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "small.onnx").write_bytes(_small_model())
+        np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32))
+        for engine in ("classic", "openvino"):
+            command = [str(python.absolute()), *(["-I"] if isolated else []), str(runner.__file__), "forward"]
+            command += ["--model", "small.onnx", "--input", "x.npy", "--output", f"{engine}.npz", "--engine", engine]
+            try:
+                done = _run([*command, "--plugin", str(path.absolute())], folder)
+            except subprocess.TimeoutExpired:
+                return Trial(None, "", f"a network of two layers did not end within {TRIAL_S:g} s")
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"]
+                return Trial(None, "", lines[-1].removeprefix("run.py: "))
+            said = json.loads(done.stdout.splitlines()[-1])
+            with np.load(folder / f"{engine}.npz") as arrays:
+                answers[engine] = arrays["y"]
+    if not said["ran_on"].startswith("OpenVINO"):
+        return Trial(None, "", f"the network ran on {said['ran_on']} instead")
+    return Trial(runner.relative_difference(answers["openvino"], answers["classic"]), said["precision"], "")
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    variables = {key: value for key, value in os.environ.items() if key != PRECISION_VARIABLE}
+    return subprocess.run(
+        command, env=variables, cwd=folder, capture_output=True, text=True, timeout=TRIAL_S, check=False
+    )
 
 
 def prove_plugin(path: Path) -> Trial:
     """Tries a plugin for this machine with its OpenCV and OpenVINO. Raises SetupError where it does not load,
     ParityError where it computes something else than OpenCV does."""
-    trial = try_plugin(path, opencv_python(OPENCV, f"openvino=={OPENVINO}"))
+    trial = try_plugin(path, openvino_python())
     if trial.relative_error is None:
         raise SetupError(
             f"{path} is not loaded by OpenCV {OPENCV} with openvino {OPENVINO}: {trial.message or 'no reason given'}"
