@@ -27,7 +27,8 @@ from sklearn.datasets import load_sample_image
 from edgekit import backbones, parity, runner
 from edgekit.environments import opencv_python
 from edgekit.errors import EdgekitError
-from edgekit.lowering import TUNING, Form, lower
+from edgekit.forms import FORMS, Form
+from edgekit.lowering import lower
 from edgekit.lowering.from_torch import from_torch
 from edgekit.plugin import openvino_python
 
@@ -102,7 +103,7 @@ def make_model(name: str, folder: Path, size: int = 0) -> tuple[dict[Form, Path]
     with torch.inference_mode():
         expected = {"logits": model(torch.from_numpy(blobs)).numpy()}
     exported = from_torch(model, blobs.shape[2:], ("logits",))
-    paths = {form: folder / f"{name.replace(':', '-')}.{form}.onnx" for form in TUNING}
+    paths = {form: folder / f"{name.replace(':', '-')}.{form}.onnx" for form in FORMS}
     for form, path in paths.items():
         onnx.save(lower(exported, form), path)
     return paths, blobs, expected
@@ -122,9 +123,10 @@ def judge(name: str, versions: list[str], folder: Path, plugin: Path | None, siz
             continue
         limits: dict[str, Any] = {"tolerance": TOLERANCE, "timeout_s": TIMEOUT_S, "python": python}
         found = parity.compare(paths["opencv5"], blobs, expected, **limits)
-        if runner.opencv_version(version)[0] == 4 and runner.opencv_version(version)[1] > 6:
+        if version.startswith("4."):
             # Both forms are for it. The row is that of the one it is worse with.
-            other = parity.compare(paths["opencv4"], blobs, expected, **limits)
+            own: Form = "opencv4.6" if version.startswith("4.6") else "opencv4"
+            other = parity.compare(paths[own], blobs, expected, **limits)
             found = tuple(max(pair, key=_badness) for pair in zip(found, other, strict=True))
         verdicts += found if not verdicts else found[1:]  # ONNX Runtime's is the same each time
     if plugin:  # OpenVINO has its own importer

@@ -23,9 +23,10 @@ from architectures import TOLERANCE, make_network
 
 from edgekit import backbones, parity, runner
 from edgekit.environments import opencv_python
-from edgekit.lowering import TUNING, lower
+from edgekit.forms import FORMS
+from edgekit.lowering import lower
 from edgekit.lowering.from_torch import from_torch
-from edgekit.timing import FORMS
+from edgekit.timing import FORM_OF
 
 # Times each model in turn; prints the rounds, a list of ms each.
 CHILD = """
@@ -53,7 +54,7 @@ def write_models(name: str, folder: Path) -> tuple[dict[str, Path], np.ndarray, 
     model, blobs = make_network(name)
     with torch.inference_mode():
         expected = model(torch.from_numpy(blobs[:1])).numpy()
-    files = {form: folder / f"{name}.{form}.onnx" for form in ("dynamo", "torchscript", *TUNING)}
+    files = {form: folder / f"{name}.{form}.onnx" for form in ("dynamo", "torchscript", *FORMS)}
     zeros = torch.zeros(1, *blobs.shape[1:])
     shared = {"input_names": ["image"], "output_names": ["logits"]}
     with warnings.catch_warnings():
@@ -62,7 +63,7 @@ def write_models(name: str, folder: Path) -> tuple[dict[str, Path], np.ndarray, 
         onnx.save(program.model_proto, files["dynamo"])
         torch.onnx.export(model, (zeros,), str(files["torchscript"]), dynamo=False, opset_version=17, **shared)
     exported = from_torch(model, blobs.shape[2:], ("logits",))
-    for form in TUNING:
+    for form in FORMS:
         onnx.save(lower(exported, form), files[form])
     return files, blobs[:1], expected
 
@@ -103,7 +104,7 @@ def main() -> None:
         for version in args.opencv.split(","):
             python = opencv_python(version)
             for engine in parity.find_opencv(python).engines:
-                forms = (FORMS[engine], "dynamo", "torchscript")
+                forms = (FORM_OF[engine], "dynamo", "torchscript")
                 wanted = [form for form in forms if is_right(files[form], engine, args.folder, expected, python)]
                 chosen = [files[form] for form in wanted]
                 rounds = time_rounds(chosen, engine, args.threads, args.seconds, args.folder / "blob.npy", python)

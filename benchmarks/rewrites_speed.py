@@ -21,7 +21,8 @@ from lowering_speed import is_right, time_rounds
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgekit.environments import opencv_python
-from edgekit.lowering import REWRITES, TUNING, Form, depthwise_5x5, global_average_pool, relu6
+from edgekit.forms import Form
+from edgekit.lowering import REWRITES, TUNING, depthwise_5x5, global_average_pool, relu6
 from edgekit.lowering.from_torch import from_torch
 
 Rewrite = Callable[[ir.Model], None]

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from edgekit.compiling import Plan
     from edgekit.datasets import Dataset
     from edgekit.doctor import Finding
-    from edgekit.lowering import Form
     from edgekit.pipeline import Outcome
     from edgekit.recipe import Recipe
     from edgekit.timing import Timing
@@ -301,7 +300,7 @@ def evaluate(
 def export(
     run: Run,
     form: Annotated[
-        str, typer.Option(help="Make it fast for OpenCV 5.0 (opencv5), 4.x (opencv4) or another backend (plain).")
+        str, typer.Option(help="Make it fast for OpenCV: opencv5, opencv4 or opencv4.6; or for another backend: plain.")
     ] = "opencv5",
     as_json: AsJson = False,
 ) -> None:
@@ -311,9 +310,10 @@ def export(
     model.onnx, where an engine computes something else than torch did.
     """
     from edgekit.artifacts import open_run
+    from edgekit.forms import FORMS
 
-    if form not in ("opencv5", "opencv4", "plain"):
-        raise UsageError(f"no form named {form!r}: give opencv5, opencv4 or plain")
+    if form not in FORMS:
+        raise UsageError(f"no form named {form!r}: give {', '.join(FORMS)}")
     open_run(run)
     from edgekit.progress import display
 
@@ -321,7 +321,7 @@ def export(
         show.busy(LOADING)
         from edgekit.export import export as stage
 
-        done = stage(run, cast("Form", form), progress=show.busy)
+        done = stage(run, form, progress=show.busy)
     if as_json:
         _print_json(
             {"model": done.model, "sha256": done.sha256, "size_bytes": done.size_bytes, "proofs": done.verdicts}

@@ -20,7 +20,8 @@ import torch
 from edgekit import parity, runner, tasks
 from edgekit.artifacts import RunFolder, open_run, replacing, write_json
 from edgekit.errors import ArtifactError, ParityError
-from edgekit.lowering import Form, lower
+from edgekit.forms import Form
+from edgekit.lowering import lower
 from edgekit.lowering.from_torch import from_torch
 
 CHECK_IMAGES = 8  # at most; one forward pass an engine and image

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgekit.errors import ConfigError
+from edgekit.forms import Form
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,9 +37,10 @@ class Target(BaseModel):
     backend: Literal["opencv/cpu", "openvino/cpu", "cuda/fp32", "cuda/fp16"] = Field(
         "opencv/cpu", description="cv2.dnn's backend and what it computes in: one named pair, never mixed."
     )
-    form: Literal["opencv5", "opencv4", "plain"] = Field(
+    form: Form = Field(
         "opencv5",
-        description="What the model is made fast for: OpenCV 5.0's own engine, 4.x's, or another backend (plain).",
+        description="What the model is made fast for: OpenCV 5.0's own engine, 4.x's, or another backend (plain). "
+        "opencv4.6 is right and fast in 4.6 too.",
     )
     precision: Literal["fp32"] = Field("fp32", description="The model variant that this target gets.")
     opencv: Range = Field(description='OpenCV versions that may be installed there, such as ">=4.5.4,<5.1".')

@@ -27,11 +27,11 @@ from edgekit import runner
 from edgekit.backbones import IMAGENET_CLASSES, Backbone, build
 
 if TYPE_CHECKING:
-    from edgekit.lowering import Form
+    from edgekit.forms import Form
 
 WARM_UP_RUNS = 3
 MIN_RUNS = 10
-FORMS: dict[str, Form] = {"new": "opencv5", "classic": "opencv4"}  # of a model, for each engine
+FORM_OF: dict[str, Form] = {"new": "opencv5", "classic": "opencv4"}  # of a model, for each engine
 PATIENCE_S = 120.0  # what loading, warming up and MIN_RUNS may take, beside the seconds asked for
 # -I: neither the user's variables nor the working directory decide what the child imports. This edgekit may be found
 # through either, so its place is given.
@@ -106,7 +106,7 @@ def _export(row: Backbone, folder: Path) -> dict[str, Path]:
     models = {}
     for engine in runner.engines():
         models[engine] = folder / f"{engine}.onnx"
-        onnx.save(lower(exported, FORMS[engine]), models[engine])
+        onnx.save(lower(exported, FORM_OF[engine]), models[engine])
     return models
 
 

@@ -179,7 +179,7 @@ BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     (
         "exporting in an unknown form",
         lambda f: ["export", f, "--form", "ort"],
-        "'ort': give opencv5, opencv4 or plain",
+        "'ort': give opencv5, opencv4, opencv4.6, plain",
     ),
     ("verifying on no version", lambda f: ["verify", f, "--opencv", ","], "no OpenCV version: give some"),
     ("verifying what is no run", lambda f: ["verify", f / "none"], "no run folder"),

@@ -415,6 +415,10 @@ def test_depthwise_by_rows_is_for_the_classic_engines_cpu_code_only() -> None:
     model = depthwise((5, 5), (14, 14), 1, [2, 2, 2, 2], bias=True, clip=True)
     assert ops(lower(model, "plain")) == ["Conv", "Conv", "Clip"]
     assert ops(lower(model, "opencv5")).count("Conv") == 2 and "Reshape" not in ops(lower(model, "opencv5"))
+    relu6 = make(RELU6, "1, 4, 4, 6")
+    for form, activation in (("opencv4", "Clip"), ("opencv4.6", "HardSigmoid")):  # 4.6 cannot read Clip
+        assert "Reshape" in ops(lower(model, form))
+        assert {"Clip", "HardSigmoid"} & set(ops(lower(relu6, form))) == {activation}
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ installed: a model is made once and runs on many.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from edgekit.forms import Form
 from edgekit.lowering import (
     average_pool,
     constants,
@@ -26,9 +26,6 @@ from edgekit.lowering import (
     relu6,
     static_shapes,
 )
-
-# What a model is made fast for: OpenCV 5.0's own engine, 4.x's own CPU code, or any other ("plain": OpenVINO, CUDA).
-Form = Literal["opencv5", "opencv4", "plain"]
 
 # In this order. The first two come first: they make the constants and shapes that the others read.
 REWRITES: tuple[Callable[[ir.Model], None], ...] = (
@@ -46,6 +43,7 @@ REWRITES: tuple[Callable[[ir.Model], None], ...] = (
 TUNING: Mapping[Form, tuple[Callable[[ir.Model], None], ...]] = {
     "opencv5": (relu6.rewrite,),
     "opencv4": (depthwise_5x5.rewrite,),
+    "opencv4.6": (relu6.rewrite, depthwise_5x5.rewrite),
     "plain": (),
 }
 
