@@ -663,7 +663,7 @@ def opencv_add_openvino(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build the OpenVINO plugin: several times the speed on a CPU.
+    """Build the OpenVINO plugin: the fastest on a CPU.
 
     One file of 7 to 9 MB that the stock opencv-python-headless of one version loads, where openvino from PyPI is
     installed too. It is compiled here once (a quarter of an hour; after Ctrl-C the same command goes on), checked

@@ -1,4 +1,4 @@
-"""The OpenVINO plugin of cv2.dnn: one file that makes the stock OpenCV wheel several times as fast on a CPU.
+"""The OpenVINO plugin of cv2.dnn: one file that makes the stock OpenCV wheel up to several times as fast.
 
 Neither OpenCV's wheels nor distributions ship it, so it is built here (or given, already built) and kept in the
 cache. It passes C++ objects to the OpenCV that loads it: it works with exactly one OpenCV and one OpenVINO.
