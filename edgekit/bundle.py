@@ -29,7 +29,7 @@ from edgekit.artifacts import (
     write_json,
     write_text,
 )
-from edgekit.cuda import cpu_operators
+from edgekit.cuda_layers import cpu_operators
 from edgekit.datasets import read_split
 from edgekit.errors import ArtifactError, ParityError
 from edgekit.launch import run_py

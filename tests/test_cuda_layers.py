@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekit import backbones
-from edgekit.cuda import cpu_operators
+from edgekit.cuda_layers import cpu_operators
 from edgekit.lowering import lower
 from edgekit.lowering.from_torch import from_torch
 
