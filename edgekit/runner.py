@@ -520,7 +520,12 @@ class Model:
         self.fallback = reason  # "" where the bundle runs on what it was built for
         backend = backend_of(engine) if engine else "opencv/cpu" if reason else self.manifest["backend"]
         chosen = choose_engine(self.manifest, engine, backend)
-        self.session = Session(self.bundle / "model.onnx", chosen, threads, plugin)
+        try:
+            self.session = Session(self.bundle / "model.onnx", chosen, threads, plugin)
+        except RunnerError as error:
+            if engines_here(self.manifest["proved"]):
+                raise
+            raise RunnerError(f"{error}. Use an OpenCV that it was proved on: {proved_on(self.manifest)}") from None
 
     def __call__(self, image: np.ndarray, top_k: int = 5) -> Results:
         """uint8 (H, W, 3) BGR → results, best first, as the task's postprocessing defines them."""
@@ -561,6 +566,11 @@ def engines_here(rows: list[dict[str, str]]) -> list[str]:
     return [row["engine"] for row in rows if opencv_version(row["opencv"]) == opencv_version()]
 
 
+def proved_on(manifest: dict[str, Any]) -> str:
+    """ "4.14.0 (classic), 5.0.0 (new)", or "none"."""
+    return ", ".join(f"{row['opencv']} ({row['engine']})" for row in manifest["proved"]) or "none"
+
+
 def backend_of(engine: str) -> str:
     """The backend that an engine belongs to. Raises RunnerError for an unknown name."""
     for backend, names in BACKENDS.items():
@@ -583,10 +593,9 @@ def choose_engine(manifest: dict[str, Any], asked: str | None, backend: str) -> 
     if backend.startswith("cuda") and "classic" in engines_here(manifest["refused"]):
         refused.append(engine)  # CUDA has the network from the classic importer
     if engine in refused or (engine == "auto" and refused):
-        right = ", ".join(f"{row['opencv']} ({row['engine']})" for row in manifest["proved"]) or "none"
         raise RunnerError(
             f"OpenCV {cv2.__version__} does not compute this network as it was trained (engine: {', '.join(refused)}). "
-            f"Install one that does: {right}"
+            f"Install one that does: {proved_on(manifest)}"
         )
     return engine
 
@@ -960,10 +969,9 @@ def _open(args: argparse.Namespace) -> Model:
 
 def _warn_unproved(model: Model) -> None:
     if not model.fallback and model.session.engine not in engines_here(model.manifest["proved"]):
-        proved = ", ".join(f"{row['opencv']} ({row['engine']})" for row in model.manifest["proved"]) or "none"
         print(
             f"run.py: warning: this bundle was not proved on OpenCV {cv2.__version__} with the {model.session.engine} "
-            f"engine (proved on: {proved}). Run `python3 run.py check` before you trust its answers",
+            f"engine (proved on: {proved_on(model.manifest)}). Run `python3 run.py check` before you trust its answers",
             file=sys.stderr,
         )
 

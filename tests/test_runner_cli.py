@@ -286,7 +286,10 @@ def test_a_signed_file_that_is_no_network_is_told(bundle: Path) -> None:
     answer = run(bundle, "check")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert f"run.py: OpenCV {cv2.__version__} cannot load " in answer.stderr
-    assert "Traceback" not in answer.stderr
+    assert "Traceback" not in answer.stderr and "proved on" not in answer.stderr
+    bundles.sign(bundle, proved=[{"opencv": "4.6.1", "engine": "classic"}])
+    hint = "Use an OpenCV that it was proved on: 4.6.1 (classic)"
+    assert run(bundle, "check").stderr.rstrip().endswith(hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ CPU = Target(
     backend="opencv/cpu",
     form="opencv5",
     precision="fp32",
-    opencv=">=4.5.4,<5.1",
+    opencv=">=4.6,<5.1",
     prove_on=("4.14.0.94", "5.0.0.93"),
     python=">=3.8",
     threads=0,
     latency_budget_ms=None,
     install=("python3 -m venv .venv", ".venv/bin/python -m pip install -r requirements.txt"),
-    requirements=("numpy", "opencv-python-headless>=4.5.4,<5.1"),
+    requirements=("numpy", "opencv-python-headless>=4.6,<5.1"),
 )
 
 MINIMAL = """

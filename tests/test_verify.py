@@ -66,7 +66,7 @@ def test_the_bundle_names_what_was_proved_and_what_is_refused(verified: Verified
     ]
     assert manifest["refused"] == [{"opencv": "4.6.0", "engine": "classic", "reason": "raised"}]
     requirements = (built.path / "requirements.txt").read_text(encoding="utf-8").split()
-    assert requirements == ["numpy", "opencv-python-headless>=4.5.4,<5.1,!=4.6.*"]
+    assert requirements == ["numpy", "opencv-python-headless>=4.6,<5.1,!=4.6.*"]
 
 
 def test_a_model_in_another_form_is_not_packed(verified: Verified, tmp_path: Path) -> None:
