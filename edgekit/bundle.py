@@ -253,8 +253,9 @@ _README = """# {name} for {target}
 
 {description}
 
-Network input {size} px; classes: {classes}. Needs {needs}; nothing else. It runs through {backend}: where that is
-missing, `run.py` says so and stops.
+Network input {size} px; classes: {classes}.
+Needs {needs}; nothing else.
+It runs through {backend}: where that is missing, `run.py` says so and stops.
 
 ## Install (once)
 

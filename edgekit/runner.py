@@ -293,7 +293,9 @@ def why_missing(engine: str, plugin: Path | None = None, threads: int = 0) -> st
         has_own, reason = _is_built_with_openvino(), "there is no plugin for it"
         if plugin and not has_own:
             reason = _load_openvino(plugin, threads)
-        return "" if _is_here(engine) else f"OpenCV {cv2.__version__} has no OpenVINO: {reason or 'it took no plugin'}"
+        remedy = "`python3 -m pip install -r requirements.txt` brings both packages that it needs"
+        missing = f"OpenCV {cv2.__version__} has no OpenVINO: {reason or 'it took no plugin'} ({remedy})"
+        return "" if _is_here(engine) else missing
     if _is_here(engine):
         return ""
     if cv2.dnn.getAvailableTargets(cv2.dnn.DNN_BACKEND_CUDA):
@@ -513,10 +515,7 @@ class Model:
         plugin = file if file.is_file() else None
         reason = misplaced(self.manifest, plugin, threads, engine)
         if reason and not allow_fallback:
-            raise RunnerError(
-                f"{reason}. `python3 -m pip install -r requirements.txt` brings what can be had from PyPI; README.md "
-                "says the rest. To run on OpenCV's own engine all the same: --allow-fallback"
-            )
+            raise RunnerError(f"{reason}. To run on OpenCV's own engine all the same: --allow-fallback")
         self.fallback = reason  # "" where the bundle runs on what it was built for
         backend = backend_of(engine) if engine else "opencv/cpu" if reason else self.manifest["backend"]
         chosen = choose_engine(self.manifest, engine, backend)
@@ -552,7 +551,9 @@ def misplaced(manifest: dict[str, Any], plugin: Path | None, threads: int, engin
     machine, backend = platform.machine(), manifest["backend"]
     if machine not in manifest["arch"]:
         where = ", ".join(manifest["arch"])
-        return f"this bundle is for {manifest['target']} ({where}), and this machine is {machine}"
+        return (
+            f"this bundle is for {manifest['target']} ({where}), and this machine is {machine}: use one that is for it"
+        )
     if engine is not None and backend_of(engine) != backend:
         return f"this bundle is to run through {backend}, and the engine {engine} belongs to {backend_of(engine)}"
     if backend == "opencv/cpu":  # which of its engines, choose_engine finds
