@@ -367,7 +367,7 @@ def _epoch(job: _Job, phase: _Phase, place: Step, done: int, fabric: Fabric, mod
             replace(place, step=step, loss=loss_sum / seen, images_per_second=seen / (time.perf_counter() - start))
         )
     trained = time.perf_counter()
-    val_loss, val_top1 = _validate(recipe, spec, job.dataset.val, module)
+    val_loss, val_top1 = _validate(recipe, spec, job.dataset.val, module.module)
     return Epoch(
         epoch=place.epoch,
         phase=phase.name,
@@ -389,13 +389,18 @@ def learning_rate(peak: float, step: int, steps: int, recipe: Recipe) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1)))
 
 
-def _validate(recipe: Recipe, spec: runner.Spec, samples: Sequence[Sample], module: Any) -> tuple[float, float]:
-    """→ the mean loss and the share of images whose best answer is their label, on whole, unaugmented images."""
+def _validate(
+    recipe: Recipe, spec: runner.Spec, samples: Sequence[Sample], model: torch.nn.Module
+) -> tuple[float, float]:
+    """→ the mean loss and the share of images whose best answer is their label, on whole, unaugmented images.
+
+    model: without Fabric around it, so in float32, as it will be exported, whatever it is trained in.
+    """
     task = TASKS[recipe.task]
-    module.eval()
+    model.eval()
     logits, labels = [], []
     for batch in batches(samples, spec, recipe.train.batch_size):
-        logits.append(forward(module, runner.normalize(batch.images, spec))["logits"])
+        logits.append(forward(model, runner.normalize(batch.images, spec))["logits"])
         labels.append(batch.labels)
     outputs, truth = torch.from_numpy(np.concatenate(logits)), torch.from_numpy(np.concatenate(labels))
     return float(task.loss(outputs, truth, recipe)), float((outputs.argmax(dim=1) == truth).double().mean())
