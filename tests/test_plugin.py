@@ -318,9 +318,9 @@ def test_a_plugin_is_proved_with_its_opencv_and_not_loaded_by_another(tmp_path: 
     assert trial.relative_error is not None and trial.relative_error < 1e-2 and trial.message == ""
     has_precision = plugin.read_plugin(file, "x86_64").has_precision
     assert trial.precision == "fp32" if has_precision else trial.precision in ("fp32", "bf16")
-    assert plugin.try_plugin(file, without) == Trial(
-        None, "", "OpenCV 4.14.0 has no OpenVINO: the Python package openvino is not installed"
-    )
+    alone = plugin.try_plugin(file, without)
+    assert alone.relative_error is None
+    assert "has no OpenVINO: the Python package openvino is not installed" in alone.message
     with pytest.raises(SetupError, match="is not loaded by OpenCV"):
         plugin.prove_plugin(tmp_path / FILE_NAME)
 
