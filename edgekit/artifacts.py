@@ -146,6 +146,21 @@ class RunFolder:
         return self.path / "parity.json"
 
     @property
+    def int8(self) -> Path:
+        """model.int8.onnx, written by quantize where it kept its accuracy."""
+        return self.path / "model.int8.onnx"
+
+    @property
+    def int8_weights(self) -> Path:
+        """model.int8-weights.onnx, written by quantize: int8 weights, float arithmetic."""
+        return self.path / "model.int8-weights.onnx"
+
+    @property
+    def quantization(self) -> Path:
+        """quantize.json: what quantize measured, and what it chose."""
+        return self.path / "quantize.json"
+
+    @property
     def report(self) -> Path:
         """report.html, for people."""
         return self.path / "report.html"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -34,6 +35,8 @@ Arrays = dict[str, np.ndarray]
 OTHER_PIXELS_TOLERANCE = 0.05
 # bfloat16 keeps 8 bits of a number, so each layer rounds at 0.4 %; in fifty layers the roundings mostly cancel.
 SIXTEEN_BIT_TOLERANCE = 0.05
+# Engines round differently, and a step of a map more or less is carried on: seen up to 0.08. Faulty kernels: from 0.2.
+INT8_TOLERANCE = 0.15
 DISCOVERY_TIMEOUT_S = 60.0
 PROBES_PER_TIMEOUT = 8  # the search for the first difference may take as long as one run; a probe this part of it
 # Asked of the runner itself, so that there is one definition of the engines.
@@ -69,8 +72,8 @@ class OpenCV:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What came of running a model: arrays, or why there are none."""
+class Run:
+    """What came of running a model: arrays, (N, ...) each, or why there are none."""
 
     status: Status
     message: str
@@ -78,7 +81,7 @@ class _Run:
     answer: dict[str, Any]  # what `runner.py forward` said of it
 
 
-_Forward = Callable[[Path, np.ndarray, float], _Run]  # (model, (N, 3, h, w), timeout in seconds)
+_Forward = Callable[[Path, np.ndarray, float], Run]  # (model, (N, 3, h, w), timeout in seconds)
 
 
 def compare(
@@ -137,17 +140,16 @@ def compare_files(
     (N, ...) each. Raises SetupError where the interpreter has no usable OpenCV.
     """
     opencv = find_opencv(python, plugin)
-    source = ["--spec", str(spec.resolve()), "--images", *(str(image.resolve()) for image in images)]
 
     def prove(verdict: Verdict) -> Verdict:
         if verdict.status != "ok" or not verdict.engine.startswith("opencv-"):
             return verdict
-        run = _mask_path(_run_opencv(opencv, verdict.engine.removeprefix("opencv-"), model, source, timeout_s), model)
+        run = run_files(opencv, verdict.engine.removeprefix("opencv-"), model, spec, images, timeout_s=timeout_s)
         if run.status != "ok":
             return replace(verdict, status=run.status, message=f"from image files: {run.message}")
         same = np.array(run.answer["pixels_sha256"]) == np.array(pixels_sha256)
         allowed = np.where(same, _tolerance(run, tolerance), _tolerance(run, tolerance_other_pixels))
-        errors = np.max([_relative_errors(run.arrays.get(name), want) for name, want in expected.items()], axis=0)
+        errors = np.max([relative_errors(run.arrays.get(name), want) for name, want in expected.items()], axis=0)
         worst = float(errors.max())
         verdict = replace(
             verdict, end_to_end_error=worst if math.isfinite(worst) else None, best_ms=run.answer["best_ms"]
@@ -212,7 +214,24 @@ def find_opencv(python: Path | None = None, plugin: Path | None = None) -> OpenC
 # Running
 
 
-def _run_onnxruntime(model: Path, blobs: np.ndarray) -> _Run:
+def run_files(opencv: OpenCV, engine: str, model: Path, spec: Path, images: Sequence[Path], *, timeout_s: float) -> Run:
+    """Runs an ONNX file on image files, each decoded, resized and normalized there, as spec.json says; in a child."""
+    with tempfile.TemporaryDirectory(prefix="edgekit-parity-") as folder:
+        names = Path(folder, "images")
+        names.write_bytes(b"".join(os.fsencode(image.resolve()) + b"\n" for image in images))
+        source = ["--spec", str(spec.resolve()), "--images", f"@{names}"]
+        return _mask_path(_run_opencv(opencv, engine, model, source, timeout_s), model)
+
+
+def reference(model: Path, blobs: np.ndarray) -> Arrays:
+    """ONNX Runtime's outputs of a file by name, (N, ...) each; blobs as for `compare`. Raises ParityError."""
+    run = _mask_path(_run_onnxruntime(model, blobs), model)
+    if run.status != "ok":
+        raise ParityError(f"ONNX Runtime cannot run {model.name}: {run.message}")
+    return run.arrays
+
+
+def _run_onnxruntime(model: Path, blobs: np.ndarray) -> Run:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised; they need not be printed too
     try:
@@ -220,13 +239,13 @@ def _run_onnxruntime(model: Path, blobs: np.ndarray) -> _Run:
         names = [output.name for output in session.get_outputs()]
         source = session.get_inputs()[0].name
         columns = zip(*(session.run(names, {source: blob[None]}) for blob in blobs), strict=True)
-        return _Run("ok", "", {name: np.concatenate(arrays) for name, arrays in zip(names, columns, strict=True)}, {})
+        return Run("ok", "", {name: np.concatenate(arrays) for name, arrays in zip(names, columns, strict=True)}, {})
     except Exception as error:  # noqa: BLE001 - its errors have no common base but Exception
-        return _Run("raised", " ".join(str(error).split()), {}, {})
+        return Run("raised", " ".join(str(error).split()), {}, {})
 
 
 def _opencv_forward(opencv: OpenCV, engine: str) -> _Forward:
-    def forward(model: Path, blobs: np.ndarray, timeout_s: float) -> _Run:
+    def forward(model: Path, blobs: np.ndarray, timeout_s: float) -> Run:
         with tempfile.TemporaryDirectory(prefix="edgekit-parity-") as folder:
             source = Path(folder, "x.npy")
             np.save(source, np.ascontiguousarray(blobs, dtype=np.float32))
@@ -235,7 +254,7 @@ def _opencv_forward(opencv: OpenCV, engine: str) -> _Forward:
     return forward
 
 
-def _run_opencv(opencv: OpenCV, engine: str, model: Path, source: list[str], timeout_s: float) -> _Run:
+def _run_opencv(opencv: OpenCV, engine: str, model: Path, source: list[str], timeout_s: float) -> Run:
     """`runner.py forward` in a child process; source: its options that say what to run the model on."""
     # The folder is the child's working directory too: a core dump goes away with it.
     with tempfile.TemporaryDirectory(prefix="edgekit-parity-") as folder:
@@ -247,7 +266,7 @@ def _run_opencv(opencv: OpenCV, engine: str, model: Path, source: list[str], tim
         try:
             child = _run_child(command, timeout_s, folder)
         except subprocess.TimeoutExpired:
-            return _Run("timed out", f"no answer within {timeout_s:g} s", {}, {})
+            return Run("timed out", f"no answer within {timeout_s:g} s", {}, {})
         return _read_answer(child, engine, answer)
 
 
@@ -265,22 +284,22 @@ def _run_child(command: list[str], timeout_s: float, folder: str | None = None) 
     )
 
 
-def _read_answer(child: subprocess.CompletedProcess[str], engine: str, answer: Path) -> _Run:
+def _read_answer(child: subprocess.CompletedProcess[str], engine: str, answer: Path) -> Run:
     if child.returncode in (1, 2):  # 2: a message of the runner; 1: a traceback
-        return _Run("raised", _last_line(child.stderr), {}, {})
+        return Run("raised", _last_line(child.stderr), {}, {})
     if child.returncode:
-        return _Run("died", f"the process ended with {_death(child.returncode)}", {}, {})
+        return Run("died", f"the process ended with {_death(child.returncode)}", {}, {})
     try:
         said = json.loads(child.stdout.splitlines()[-1])
         used = said["engine"]
         with np.load(answer) as arrays:
-            run = _Run("ok", "", dict(arrays), said)
+            run = Run("ok", "", dict(arrays), said)
     except (ValueError, LookupError, OSError):
-        return _Run("raised", f"the runner gave no answer that can be read: {_last_line(child.stdout)!r}", {}, {})
+        return Run("raised", f"the runner gave no answer that can be read: {_last_line(child.stdout)!r}", {}, {})
     if used != engine:
-        return _Run("raised", f"OpenCV ran its {used} engine, though {engine} was asked for", {}, {})
+        return Run("raised", f"OpenCV ran its {used} engine, though {engine} was asked for", {}, {})
     if engine == "openvino" and not said["ran_on"].startswith("OpenVINO"):
-        return _Run("raised", f"OpenCV ran it on {said['ran_on']}, though OpenVINO was asked for", {}, {})
+        return Run("raised", f"OpenCV ran it on {said['ran_on']}, though OpenVINO was asked for", {}, {})
     return run
 
 
@@ -299,7 +318,7 @@ def _last_line(text: str) -> str:
     return (own or lines or [""])[-1]
 
 
-def _mask_path(run: _Run, model: Path) -> _Run:
+def _mask_path(run: Run, model: Path) -> Run:
     """The message without the model's folder, which is of no use to who reads it later or elsewhere."""
     message = run.message
     for path in (str(model.resolve()), str(model)):
@@ -311,12 +330,12 @@ def _mask_path(run: _Run, model: Path) -> _Run:
 # Judging
 
 
-def _judge(engine: str, version: str, run: _Run, expected: Arrays, tolerance: float) -> Verdict:
+def _judge(engine: str, version: str, run: Run, expected: Arrays, tolerance: float) -> Verdict:
     status, message = run.status, run.message
     tolerance = _tolerance(run, tolerance)
     relative_error: float | None = None
     if status == "ok":
-        errors = {name: float(_relative_errors(run.arrays.get(name), want).max()) for name, want in expected.items()}
+        errors = {name: float(relative_errors(run.arrays.get(name), want).max()) for name, want in expected.items()}
         worst = max(errors, key=errors.__getitem__)
         relative_error = errors[worst] if math.isfinite(errors[worst]) else None
         if not errors[worst] <= tolerance:
@@ -325,11 +344,11 @@ def _judge(engine: str, version: str, run: _Run, expected: Arrays, tolerance: fl
     return Verdict(engine, version, status, relative_error, message, "", precision=_precision(run))
 
 
-def _precision(run: _Run) -> str:
+def _precision(run: Run) -> str:
     return str(run.answer.get("precision", "fp32"))
 
 
-def _tolerance(run: _Run, tolerance: float) -> float:
+def _tolerance(run: Run, tolerance: float) -> float:
     """What is allowed for the arithmetic that ran."""
     return tolerance if _precision(run) == "fp32" else max(tolerance, SIXTEEN_BIT_TOLERANCE)
 
@@ -347,7 +366,7 @@ def _fault(actual: np.ndarray | None, expected: np.ndarray, error: float, tolera
     return f"differs by {error:.2g} of its largest value; at most {tolerance:g} is allowed"
 
 
-def _relative_errors(actual: np.ndarray | None, expected: np.ndarray) -> np.ndarray:
+def relative_errors(actual: np.ndarray | None, expected: np.ndarray) -> np.ndarray:
     """float64 (N,): runner.relative_difference a sample; infinite where there is no figure."""
     if actual is None or actual.shape != expected.shape or not np.isfinite(expected).all():
         return np.full(len(expected), math.inf)
@@ -355,7 +374,7 @@ def _relative_errors(actual: np.ndarray | None, expected: np.ndarray) -> np.ndar
 
 
 def _worst_sample(arrays: Arrays, expected: Arrays) -> int:
-    return int(np.argmax(np.max([_relative_errors(arrays.get(name), want) for name, want in expected.items()], axis=0)))
+    return int(np.argmax(np.max([relative_errors(arrays.get(name), want) for name, want in expected.items()], axis=0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -394,7 +413,7 @@ class _Search:
         self._folder = folder
         self._probe_s = timeout_s / PROBES_PER_TIMEOUT
         self._deadline = time.monotonic() + timeout_s
-        self._known: dict[str, _Run] = {}
+        self._known: dict[str, Run] = {}
         self._nodes = list(self._model.graph)
         self._values = _computed_values(self._model.graph)
         self._references = self._reference_values()
@@ -427,7 +446,7 @@ class _Search:
         # cutting's doing.
         return self._probe(value).status in (self._status, "wrong")
 
-    def _probe(self, value: ir.Value) -> _Run:
+    def _probe(self, value: ir.Value) -> Run:
         """What becomes of the model cut off after a value; the message of a wrong one is about that value."""
         name = str(value.name)
         if name not in self._known:

@@ -107,6 +107,16 @@ def openvino_python() -> Path:
     return opencv_python(OPENCV, f"openvino=={OPENVINO}")
 
 
+def interpreter(version: str) -> tuple[Path, Path | None]:
+    """(interpreter, plugin) for an OpenCV as targets and `verify` name them: a version, or "openvino" with the plugin.
+
+    Raises SetupError where they cannot be had here.
+    """
+    if version == "openvino":
+        return openvino_python(), find_plugin(platform.machine())
+    return opencv_python(version), None
+
+
 def read_plugin(path: Path, arch: str) -> PluginFile:
     """Checks that a file is the plugin for this architecture, our OpenCV and our OpenVINO. Raises ArtifactError."""
     try:

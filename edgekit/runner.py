@@ -1137,25 +1137,12 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _forward(args: argparse.Namespace) -> int:
-    answer: dict[str, Any] = {"opencv": cv2.__version__}
-    if args.images:
-        try:
-            spec = Spec.from_dict(json.loads(args.spec.read_text("utf-8")))
-        except (OSError, ValueError) as error:
-            raise RunnerError(f"cannot read {args.spec}: {_first_line(error)}") from None
-        pixels = [resize(read_image(path), spec) for path in args.images]
-        answer["pixels_sha256"] = [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels]
-        blobs = normalize(np.stack(pixels), spec)
-    else:
-        try:
-            blobs = np.load(args.input)
-        except (OSError, ValueError) as error:
-            raise RunnerError(f"cannot read {args.input}: {_first_line(error)}") from None
+    answer: dict[str, Any] = {"opencv": cv2.__version__, "pixels_sha256": []}
     session = Session(args.model, args.engine, plugin=args.plugin)
     rows, times_ms = [], []
-    for blob in blobs:
+    for blob in _forward_blobs(args, answer["pixels_sha256"]):
         start = time.perf_counter()
-        rows.append(session(blob[None]))
+        rows.append(session(blob))
         times_ms.append((time.perf_counter() - start) * 1e3)
     arrays: dict[str, Any] = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     np.savez(args.output, **arrays)
@@ -1173,6 +1160,24 @@ def _forward(args: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _forward_blobs(args: argparse.Namespace, pixels_sha256: list[str]) -> Iterator[np.ndarray]:
+    """float32 (1, 3, h, w) each; of image files the pixels' SHA-256 are put into the list."""
+    if not args.images:
+        try:
+            yield from np.load(args.input)[:, None]
+        except (OSError, ValueError) as error:
+            raise RunnerError(f"cannot read {args.input}: {_first_line(error)}") from None
+        return
+    try:
+        spec = Spec.from_dict(json.loads(args.spec.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise RunnerError(f"cannot read {args.spec}: {_first_line(error)}") from None
+    for path in args.images:
+        pixels = resize(read_image(path), spec)
+        pixels_sha256.append(hashlib.sha256(pixels.tobytes()).hexdigest())
+        yield normalize(pixels[None], spec)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -1228,13 +1233,19 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.set_defaults(run=_info)
 
-    forward = commands.add_parser("forward", help="raw outputs for arrays or images (used by edgekit's proofs)")
+    forward = commands.add_parser(
+        "forward",
+        help="raw outputs for arrays or images (used by edgekit's proofs)",
+        fromfile_prefix_chars="@",  # more images than a command line takes
+    )
     forward.add_argument("--model", type=Path, required=True, help="an ONNX file")
     forward.add_argument("--engine", default="auto", help=f"auto, {', '.join(ENGINES)}")
     forward.add_argument("--plugin", type=Path, metavar="FILE", help=f"{PLUGIN_FILE}, for the engine openvino")
     source = forward.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=Path, help=".npy, float32 (N, 3, h, w)")
-    source.add_argument("--images", type=Path, nargs="+", help="image files, prepared as --spec says")
+    source.add_argument(
+        "--images", type=Path, nargs="+", help="image files, prepared as --spec says (@FILE: one a line)"
+    )
     forward.add_argument("--spec", type=Path, default=Path("spec.json"), help="spec.json of a run")
     forward.add_argument("--output", type=Path, required=True, help=".npz to write")
     forward.set_defaults(run=_forward)

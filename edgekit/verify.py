@@ -8,7 +8,6 @@ Each engine is proved twice: on the very input that torch had, and end to end, f
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 
 from edgekit import parity, plugin, runner, tasks
 from edgekit.artifacts import RunFolder, is_about, open_run, read_proof, write_json
-from edgekit.environments import opencv_python
 from edgekit.errors import SetupError
 
 VERSIONS = ("4.6", "4.10", "4.14", "5.0")  # Debian 12; Debian 13; the last 4.x; the first 5
@@ -65,7 +63,7 @@ def verify(
     for version in versions:
         progress(f"OpenCV {version}" if version != OPENVINO else "OpenVINO through OpenCV")
         try:
-            python, file = _environment(version)
+            python, file = plugin.interpreter(version)
         except SetupError as error:
             found[version] = (parity.Verdict("opencv", version, "not proved", None, str(error), ""),)
             continue
@@ -83,13 +81,6 @@ def verify(
         )
     _keep(folder, [verdict for rows in found.values() for verdict in rows])
     return Verified(run, found)
-
-
-def _environment(version: str) -> tuple[Path, Path | None]:
-    """(interpreter, plugin) to prove with. Raises SetupError where they cannot be had."""
-    if version == OPENVINO:
-        return plugin.openvino_python(), plugin.find_plugin(platform.machine())
-    return opencv_python(version), None
 
 
 def unproved(run: Path, versions: Iterable[str]) -> tuple[str, ...]:

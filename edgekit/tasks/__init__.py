@@ -4,6 +4,8 @@ build(recipe, class_names) -> nn.Module      the network, its head new
 head(model) -> nn.Module                     the part that is trained first
 loss(outputs, labels, recipe) -> Tensor      what training makes small
 metrics(scores, labels, class_names) -> Metrics
+METRIC, metric(outputs, labels) -> float     the one figure that int8 must keep, and its name
+agreement(outputs, others) -> float          how often two networks give the same answer
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from edgekit import backbones
+from edgekit import backbones, runner
 from edgekit.recipe import Recipe
 
 
@@ -89,6 +89,19 @@ def head(model: torch.nn.Module) -> torch.nn.Module:
 def loss(outputs: torch.Tensor, labels: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Logits (N, C) and class ids (N,) → cross-entropy with label smoothing (Szegedy et al., arXiv:1512.00567)."""
     return F.cross_entropy(outputs.float(), labels, label_smoothing=recipe.train.label_smoothing)
+
+
+METRIC = "top-1"
+
+
+def metric(outputs: runner.Outputs, labels: np.ndarray) -> float:
+    """{"logits": (N, C)} and class ids (N,) → the figure that an accuracy guard looks at, 0..1: top-1."""
+    return float((outputs["logits"].argmax(axis=1) == labels).mean())
+
+
+def agreement(outputs: runner.Outputs, others: runner.Outputs) -> float:
+    """The share of images, 0..1, on which two networks give the same best answer."""
+    return float((outputs["logits"].argmax(axis=1) == others["logits"].argmax(axis=1)).mean())
 
 
 def metrics(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Metrics:

@@ -1,0 +1,459 @@
+"""quantize: int8 that is kept only where it is accurate enough and faster, on the engine that will run it.
+
+training images ─ calibrate, round ─► int8, int8-weights ─ the guard: validation images through cv2.dnn
+                                          ▲                     │ too much lost: spare the worst layers
+                                          └─────────────────────┘
+                                      taking turns with fp32 ─► what a bundle gets, and why: quantize.json
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from edgekit import parity, plugin, report, runner, tasks
+from edgekit.artifacts import RunFolder, is_about, open_run, read_proof, replacing, write_json
+from edgekit.batches import batches
+from edgekit.datasets import Sample, missing, read_split
+from edgekit.errors import ArtifactError, ConfigError, DataError, SetupError
+from edgekit.int8 import calibration, rounding, scheme, sensitivity
+from edgekit.lowering import lower
+from edgekit.lowering.from_torch import from_torch
+from edgekit.parity import INT8_TOLERANCE
+from edgekit.targets import Target
+from edgekit.turns import take_turns
+
+IMAGES = 200
+MIN_IMAGES = 32  # ranges that fewer images show are chance
+RANKED_IMAGES = 24  # enough to put the layers in order
+COMPARED = 32  # validation images on which an engine is compared with ONNX Runtime, output by output
+PAYS = 0.95  # of fp32's time: a gain that is smaller than this is not worth another arithmetic
+SLOWED = 1.05  # and no other engine of the target may be slower than this
+SECONDS = 4.0  # of timing, an engine
+GUARD_S, IMAGE_S = 120.0, 1.0  # what the guard's pass may take: for loading, and for each image
+SPARED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # layers left in float, step by step
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A variant on one engine. None: not measured."""
+
+    opencv: str
+    engine: str
+    status: parity.Status
+    message: str
+    metric: float | None  # 0..1
+    drop: float | None  # points (hundredths) below fp32 on the same engine; negative: better
+    agreement: float | None  # 0..1, share of the images with fp32's answer on the same engine
+    median_ms: float | None  # of the forward pass, the variants taking turns
+    time_ratio: float | None  # to fp32's time in the same rounds
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model file, and what it came to on each engine."""
+
+    name: str  # fp32, int8-weights, int8, int8-mixed
+    file: str  # in the run folder; "" where it was not kept
+    size_bytes: int
+    sha256: str
+    float_layers: tuple[str, ...]
+    figures: tuple[Figure, ...]
+
+    def is_within(self, max_drop: float) -> bool:
+        """Does it run on every engine, and lose at most so many points?"""
+        return all(row.status == "ok" and row.drop is not None and row.drop <= max_drop for row in self.figures)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was measured and chosen; the content of quantize.json."""
+
+    run: Path
+    precision: str  # what a bundle for the target gets: "fp32" or "int8"
+    why: str
+    passed: bool  # did any form of int8 keep its accuracy?
+    variants: tuple[Variant, ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """An OpenCV and the engine of it that is meant."""
+
+    opencv: parity.OpenCV
+    name: str
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """What every variant is measured with."""
+
+    folder: RunFolder
+    task: Any
+    engines: tuple[_Engine, ...]
+    samples: tuple[Sample, ...]
+    blobs: np.ndarray  # the first of the samples as the network takes them: what ONNX Runtime answers too, and is timed
+    threads: int
+    times: bool  # can the target's speed be measured on this machine?
+    expected: dict[str, runner.Outputs]  # fp32's outputs on the samples, by engine
+
+
+def quantize(
+    run: Path,
+    target: Target,
+    *,
+    max_drop: float = 1.0,
+    images: int = IMAGES,
+    method: calibration.Method = "mse",
+    per_channel: bool = True,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Quantized:
+    """Makes a run's int8 forms for a target, and measures whether they keep their accuracy and whether they pay.
+
+    Calibrated on `images` training images through the runner's preprocessing. The guard: through every engine of the
+    target, on all validation images, int8 may lose at most max_drop points of the task's metric against fp32 there;
+    where it loses more, the layers that it hurts most are left in float, one after the other, until it holds or is no
+    longer faster. Writes model.int8.onnx (where the guard holds), model.int8-weights.onnx, quantize.json, report.html.
+
+    per_channel: False gives all outputs of a layer one scale, which is what careless tools do; for comparison.
+    progress(what, done, total): total 0 where it is not known.
+
+    Raises ArtifactError when the run was not exported in the target's form, ConfigError for a target that has no use
+    for int8, DataError when there are fewer than 32 training images, SetupError when none of the target's OpenCVs can
+    be had here. That int8 is not good enough is no error: `passed` says so.
+    """
+    folder, proof = _proved(run, target)
+    split = read_split(folder.split)
+    gone = missing((*split.train, *split.val))
+    if gone:
+        raise DataError(f"{len(gone)} of the run's images are gone, such as {gone[0]}: put them back")
+    if images < MIN_IMAGES or len(split.train) < MIN_IMAGES:
+        found = min(images, len(split.train))
+        raise DataError(f"{found} images to calibrate with are too few: int8's ranges need {MIN_IMAGES} or more")
+    spec = folder.read_spec()
+    pixels = _pixels(split.train, spec, images)
+
+    def blobs() -> Iterator[np.ndarray]:
+        return (runner.normalize(image[None], spec) for image in pixels)
+
+    guard = _guard(folder, target, proof, split.val, progress)
+    model = _float_model(folder, spec)
+    is_integer = target.form.startswith("opencv4")
+    what = "calibrating"
+    calibrated = calibration.calibrate(
+        model, blobs, method, every_value=is_integer, progress=lambda done, total: progress(what, done, total)
+    )
+    progress("rounding the weights", 0, 0)
+    weights = rounding.round_weights(model, calibrated.moments, per_channel=per_channel)
+    maker = _Maker(model, weights, calibrated.ranges, is_integer)
+    with tempfile.TemporaryDirectory(prefix="edgekit-quantize-") as temporary:
+        made = Path(temporary)
+        fp32 = _measure(guard, "fp32", folder.onnx, (), progress)
+        small = _measure(guard, "int8-weights", maker.write(made / "weights.onnx", None), (), progress)
+        int8 = _measure(guard, "int8", maker.write(made / "int8.onnx", ()), (), progress)
+        variants, curve, ranking = [fp32, small, int8], [], ()
+        if not int8.is_within(max_drop) and all(row.status == "ok" for row in int8.figures):
+            ranking = sensitivity.rank(
+                model,
+                weights,
+                calibrated.ranges,
+                list(blobs())[:RANKED_IMAGES],
+                progress=lambda done, total: progress("ranking the layers", done, total),
+            )
+            mixed, curve = _spare(guard, maker, made, [row.layer for row in ranking], int8, max_drop, progress)
+            variants.append(mixed)
+        variants = _timed(guard, variants, made, progress)
+        precision, why = _choice(variants, guard, max_drop)
+        kept = _keep(folder, variants, made, max_drop)
+    record = {
+        "target": target.name,
+        "precision": precision,
+        "why": why,
+        "onnx_sha256": proof["onnx_sha256"],
+        "metric": guard.task.METRIC,
+        "images": len(split.val),
+        "max_drop": max_drop,
+        "calibration": {"images": len(pixels), "method": method},
+        "variants": [asdict(variant) for variant in kept],
+        "curve": curve,
+        "sensitivity": [asdict(row) for row in ranking],
+        "conditions": {
+            "cpu": runner.cpu_name(),
+            "threads": str(target.threads or "OpenCV's choice"),
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }
+    write_json(folder.quantization, record)
+    report.write_report(folder)
+    passed = any(variant.is_within(max_drop) for variant in kept if variant.name in ("int8", "int8-mixed"))
+    return Quantized(run, precision, why, passed, tuple(kept), record)
+
+
+def _proved(run: Path, target: Target) -> tuple[RunFolder, dict[str, Any]]:
+    if target.backend.startswith("cuda"):
+        raise ConfigError(
+            f"OpenCV's CUDA backend computes int8 layers on the CPU: {target.name} gets fp32, computed in fp32 or fp16 "
+            "as its backend says"
+        )
+    folder = open_run(run)
+    proof = read_proof(folder)
+    if proof.get("form") != target.form or proof.get("ok") is not True:
+        raise ArtifactError(
+            f"{folder.onnx} is not proved in the form {target.form}, which {target.name} takes: "
+            f"run `edgekit export {folder.path} --form {target.form}` first"
+        )
+    return folder, proof
+
+
+def _pixels(samples: Sequence[Sample], spec: runner.Spec, count: int) -> np.ndarray:
+    """uint8 (n, h, w, 3): `count` of the samples, whatever their order in the data; the same ones every time."""
+    chosen = sorted(samples, key=lambda sample: sample.sha256)[:count]
+    return np.concatenate([batch.images for batch in batches(chosen, spec, 8)])
+
+
+def _float_model(folder: RunFolder, spec: runner.Spec) -> ir.Model:
+    """The trained network in the plain form: that is what int8 is made of, whatever form fp32 takes for the target."""
+    module = tasks.load(folder)
+    names = tuple(tasks.forward(module, np.zeros((1, 3, *spec.input_size), np.float32)))
+    return ir.from_proto(lower(from_torch(module, spec.input_size, names), "plain"))
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """The network, ready to be written in each form."""
+
+    model: ir.Model
+    weights: Mapping[str, rounding.Rounded]
+    ranges: scheme.Ranges
+    is_integer: bool  # in ONNX Runtime's integer operators, which are what 4.x computes in int8
+
+    def write(self, path: Path, spared: Sequence[str] | None) -> Path:
+        """spared: the layers that stay in float; None: all of them, only the weights are int8."""
+        if spared is None:
+            made = ir.to_proto(scheme.weight_only(self.model, self.weights))
+        elif self.is_integer:
+            made = scheme.qoperator(self.model, self.weights, self.ranges, spared)
+        else:
+            made = ir.to_proto(scheme.qdq(self.model, self.weights, self.ranges, spared))
+        made.producer_name = "edgekit"
+        path.write_bytes(made.SerializeToString(deterministic=True))
+        return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The guard
+
+
+def _guard(
+    folder: RunFolder,
+    target: Target,
+    proof: dict[str, Any],
+    samples: tuple[Sample, ...],
+    progress: Callable[[str, int, int], None],
+) -> _Guard:
+    engines, reasons = [], []
+    for version in target.prove_on:
+        rows = [row for row in proof["verdicts"] if row["status"] == "ok" and is_about(row, version)]
+        if not rows:
+            reasons.append(f"{version}: fp32 is not proved there (`edgekit verify {folder.path} --opencv {version}`)")
+            continue
+        progress(f"OpenCV {version}", 0, 0)
+        try:
+            found = parity.find_opencv(*plugin.interpreter(version))
+        except SetupError as error:
+            reasons.append(f"{version}: {error}")
+            continue
+        fastest = min(rows, key=lambda row: row["best_ms"] or math.inf)["engine"].removeprefix("opencv-")
+        if fastest in runner.BACKENDS[target.backend]:  # the others are only fallen back to
+            engines.append(_Engine(found, fastest))
+    if not engines:
+        raise SetupError(f"int8 cannot be judged for {target.name} here: {'; '.join(reasons)}")
+    spec, task = folder.read_spec(), tasks.TASKS[folder.read_recipe().task]
+    blobs = runner.normalize(np.concatenate([batch.images for batch in batches(samples[:COMPARED], spec, 8)]), spec)
+    times = platform.machine() in target.arch
+    return _Guard(folder, task, tuple(engines), samples, blobs, target.threads, times, {})
+
+
+def _measure(
+    guard: _Guard, name: str, path: Path, spared: Sequence[str], progress: Callable[[str, int, int], None]
+) -> Variant:
+    """A variant's accuracy on every engine; fp32 comes first, the others are compared with it."""
+    figures = []
+    for engine in guard.engines:
+        progress(f"{name} on OpenCV {engine.opencv.version}, {engine.name} engine: {len(guard.samples)} images", 0, 0)
+        figures.append(_figure(guard, engine, path))
+    return Variant(name, path.name, path.stat().st_size, runner.file_sha256(path), tuple(spared), tuple(figures))
+
+
+def _figure(guard: _Guard, engine: _Engine, path: Path) -> Figure:
+    images = [sample.path for sample in guard.samples]
+    run = parity.run_files(
+        engine.opencv, engine.name, path, guard.folder.spec, images, timeout_s=GUARD_S + IMAGE_S * len(images)
+    )
+    figure = Figure(engine.opencv.version, engine.name, run.status, run.message, None, None, None, None, None)
+    if run.status != "ok":
+        return figure
+    fault = _fault(guard, path, run.arrays, INT8_TOLERANCE)
+    if fault:
+        return replace(figure, status="wrong", message=fault)
+    labels = np.array([sample.label for sample in guard.samples])
+    expected = guard.expected.setdefault(_key(engine), run.arrays)
+    metric, best = guard.task.metric(run.arrays, labels), guard.task.metric(expected, labels)
+    return replace(
+        figure, metric=metric, drop=100 * (best - metric), agreement=guard.task.agreement(run.arrays, expected)
+    )
+
+
+def _key(engine: _Engine) -> str:
+    return f"{engine.opencv.version} {engine.name}"
+
+
+def _fault(guard: _Guard, path: Path, outputs: runner.Outputs, tolerance: float) -> str:
+    """What is wrong with an engine's outputs, beside ONNX Runtime's of the same file; "" where they agree.
+
+    That the labels are right is not enough: a kernel that is wrong in a few pixels may cost little accuracy here, and
+    much on other images (OpenCV 5.0 on CPUs with AVX-VNNI).
+    """
+    expected = parity.reference(path, guard.blobs)
+    first = {name: array[: len(guard.blobs)] for name, array in outputs.items()}
+    errors = [parity.relative_errors(first.get(name), array).max() for name, array in expected.items()]
+    worst = float(max(errors))
+    return "" if worst <= tolerance else f"differs by {worst:.2g} from ONNX Runtime; at most {tolerance:g} is allowed"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where too much is lost
+
+
+def _spare(
+    guard: _Guard,
+    maker: _Maker,
+    folder: Path,
+    worst: Sequence[str],
+    int8: Variant,
+    max_drop: float,
+    progress: Callable[[str, int, int], None],
+) -> tuple[Variant, list[dict[str, Any]]]:
+    """int8 with the worst layers in float, as few as hold the guard; and the way there, a row a step.
+
+    The last variant, also where none holds it: then int8 is no longer faster, or hardly any layer is left.
+    """
+    fp32 = guard.folder.onnx
+    engine = guard.engines[0]
+    curve = [_step(int8, _ratio(guard, engine, fp32, folder / int8.file), "")]
+    mixed = int8
+    for count in (count for count in SPARED if count < len(worst)):
+        spared = worst[:count]
+        mixed = _measure(guard, "int8-mixed", maker.write(folder / "int8-mixed.onnx", spared), spared, progress)
+        ratio = _ratio(guard, engine, fp32, folder / mixed.file)
+        curve.append(_step(mixed, ratio, spared[-1]))
+        if mixed.is_within(max_drop) or (ratio is not None and ratio > PAYS):
+            break
+    return mixed, curve
+
+
+def _step(variant: Variant, ratio: float | None, last: str) -> dict[str, Any]:
+    drops = [row.drop for row in variant.figures if row.drop is not None]
+    return {
+        "float_layers": len(variant.float_layers),
+        "drop": max(drops, default=None),
+        "time_ratio": ratio,
+        "last": last,
+    }
+
+
+def _ratio(guard: _Guard, engine: _Engine, fp32: Path, path: Path) -> float | None:
+    if not guard.times:
+        return None
+    turns = take_turns(
+        engine.opencv, engine.name, [fp32, path], guard.blobs[:1], seconds=SECONDS / 2, threads=guard.threads
+    )
+    return turns.ratios[1] if turns else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is chosen
+
+
+def _timed(
+    guard: _Guard, variants: Sequence[Variant], folder: Path, progress: Callable[[str, int, int], None]
+) -> list[Variant]:
+    """The variants with their times, on each engine those that run there, all taking turns."""
+    if not guard.times:
+        return list(variants)
+    figures = [list(variant.figures) for variant in variants]
+    for place, engine in enumerate(guard.engines):
+        progress(f"timing on OpenCV {engine.opencv.version}, {engine.name} engine", 0, 0)
+        right = [index for index, rows in enumerate(figures) if rows[place].status == "ok"]
+        if 0 not in right:  # without fp32 there is nothing to compare with
+            continue
+        paths = [guard.folder.onnx if index == 0 else folder / variants[index].file for index in right]
+        turns = take_turns(engine.opencv, engine.name, paths, guard.blobs[:1], seconds=SECONDS, threads=guard.threads)
+        for order, index in enumerate(right if turns else ()):
+            assert turns is not None
+            figures[index][place] = replace(
+                figures[index][place], median_ms=turns.median_ms[order], time_ratio=turns.ratios[order]
+            )
+    return [replace(variant, figures=tuple(rows)) for variant, rows in zip(variants, figures, strict=True)]
+
+
+def _choice(variants: Sequence[Variant], guard: _Guard, max_drop: float) -> tuple[str, str]:
+    """("fp32" or "int8", why, in a sentence) from measured variants; fp32 and int8-weights come first, int8 last."""
+    int8 = variants[-1]
+    small = f"int8 weights alone make the file {variants[0].size_bytes / variants[1].size_bytes:.1f} times smaller"
+    name = "int8" + (f" with {len(int8.float_layers)} layers in float" if int8.float_layers else "")
+    broken = next((row for row in int8.figures if row.status != "ok"), None)
+    if broken:
+        where = f"OpenCV {broken.opencv}'s {broken.engine} engine"
+        return "fp32", f"{name} is not right on {where} ({broken.status}: {broken.message}): shipping fp32; {small}"
+    drop = max(row.drop for row in int8.figures if row.drop is not None)
+    lost = f"loses {drop:.2f} points" if drop > 0 else "loses nothing"
+    if drop > max_drop:
+        return "fp32", f"{name} {lost}, and {max_drop:g} are allowed: shipping fp32; {small}"
+    times = [
+        (engine, row.time_ratio)
+        for engine, row in zip(guard.engines, int8.figures, strict=True)
+        if row.time_ratio is not None
+    ]
+    if not times:
+        return "fp32", (
+            f"{name} {lost}, but its speed on this target cannot be measured on {platform.machine()}: shipping fp32; "
+            f"{small}"
+        )
+    told = ", ".join(f"{ratio:.2f} of fp32's time on OpenCV {_where(engine)}" for engine, ratio in times)
+    ratios = [ratio for _, ratio in times]
+    if min(ratios) <= PAYS and max(ratios) <= SLOWED:
+        return "int8", f"{name} {lost} and takes {told}: shipping int8"
+    return "fp32", f"{name} {lost}, but takes {told}: shipping fp32; {small}"
+
+
+def _where(engine: _Engine) -> str:
+    return f"{engine.opencv.version} ({engine.name})"
+
+
+def _keep(folder: RunFolder, variants: Sequence[Variant], made: Path, max_drop: float) -> list[Variant]:
+    """Puts what is good into the run folder; int8 that lost too much is not kept, and an older one goes."""
+    final = variants[-1]
+    kept = {"fp32": folder.onnx.name, "int8-weights": folder.int8_weights.name}
+    if final.is_within(max_drop):
+        kept[final.name] = folder.int8.name
+        _place(made / final.file, folder.int8)
+    else:
+        folder.int8.unlink(missing_ok=True)
+    _place(made / variants[1].file, folder.int8_weights)
+    return [replace(variant, file=kept.get(variant.name, "")) for variant in variants]
+
+
+def _place(made: Path, path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(made.read_bytes())
