@@ -219,6 +219,35 @@ def is_exported(run: RunFolder, form: str) -> bool:
         return False
 
 
+def read_quantization(run: RunFolder, target: str) -> dict[str, Any]:
+    """quantize.json, once it is certain that it speaks of this model.onnx, this target and the int8 files here.
+
+    Raises ArtifactError otherwise.
+    """
+    again = f"run `edgekit quantize {run.path} --target {target}`"
+    if not run.quantization.is_file():
+        raise ArtifactError(f"{run.path} was not quantized: {again}")
+    record = read_json(run.quantization)
+    if record.get("target") != target:
+        raise ArtifactError(f"{run.quantization} is about the target {record.get('target')}, not {target}: {again}")
+    if record.get("onnx_sha256") != read_proof(run)["onnx_sha256"]:
+        raise ArtifactError(f"{run.quantization} is about another model.onnx than the one here: {again}")
+    for variant in record["variants"]:
+        file = run.path / variant["file"]
+        if variant["file"] and (not file.is_file() or runner.file_sha256(file) != variant["sha256"]):
+            raise ArtifactError(f"{file} is not the one that was measured: {again}")
+    return record
+
+
+def is_quantized(run: RunFolder, target: str) -> bool:
+    """Is there a quantize.json for this target, about what is here?"""
+    try:
+        read_quantization(run, target)
+    except ArtifactError:
+        return False
+    return True
+
+
 def unused_name(folder: Path, name: str) -> Path:
     """folder/name, or folder/name-2, -3, … where that exists: a run is never overwritten."""
     candidate, count = folder / name, 1
@@ -249,7 +278,7 @@ class Manifest(BaseModel):
     spec: dict[str, Any]
     backend: str
     form: str  # lowering.Form: what the model is made fast for
-    precision: str
+    precision: str  # of the model: "fp32", "int8", "int8-weights"
     threads: int
     proved: tuple[dict[str, str], ...]  # {"opencv": "4.14.0", "engine": "classic"}, the fastest engine first
     refused: tuple[dict[str, str], ...]  # the same, where the network was found wrong or did not run

@@ -499,11 +499,13 @@ class Model:
         threads: int | None = None,
         engine: str | None = None,
         allow_fallback: bool = False,
+        prove: bool = True,
     ) -> None:
         """threads: None takes the manifest's, 0 OpenCV's choice. engine: None takes the fastest that was proved here.
 
         allow_fallback: on a machine that lacks the bundle's backend, or is of another kind than the bundle's, use
-        OpenCV's own engines on the CPU, and say why in `fallback`.
+        OpenCV's own engines on the CPU, and say why in `fallback`. prove: of an int8 network, first answer one of the
+        bundle's own images: int8 kernels differ from CPU to CPU, and some are wrong.
 
         Raises RunnerError, also where the network was found wrong on this OpenCV.
         """
@@ -525,6 +527,24 @@ class Model:
             if engines_here(self.manifest["proved"]):
                 raise
             raise RunnerError(f"{error}. Use an OpenCV that it was proved on: {proved_on(self.manifest)}") from None
+        self.precision = "int8" if self.manifest["precision"] == "int8" else self.session.precision
+        if prove and self.precision == "int8":
+            self._prove()
+
+    def _prove(self) -> None:
+        row = _check_image(self, _expected(self)[0])
+        if row["ok"]:
+            return
+        faulty = self.session.engine == "new" and "avx_vnni" in _cpuinfo().split()
+        known = (
+            " OpenCV 5.0's int8 is known to be wrong on CPUs with AVX-VNNI, as this one: OPENCV_CPU_DISABLE=AVX_VNNI in "
+            "the environment avoids it, and is slow."
+        )
+        raise RunnerError(
+            f"this int8 network is computed wrongly here ({row['reason']}; OpenCV {cv2.__version__}, "
+            f"{self.session.engine} engine, {cpu_name()}).{known if faulty else ''} Ship it in fp32: "
+            "`edgekit bundle RUN --precision fp32`"
+        )
 
     def __call__(self, image: np.ndarray, top_k: int = 5) -> Results:
         """uint8 (H, W, 3) BGR → results, best first, as the task's postprocessing defines them."""
@@ -537,7 +557,7 @@ class Model:
             "engine": self.session.engine,
             "backend": self.session.backend,
             "fallback": self.fallback,
-            "precision": self.session.precision,
+            "precision": self.precision,
             "threads": self.session.threads,
             "machine": platform.machine(),
             "cpu": cpu_name(),
@@ -962,7 +982,9 @@ def _infer(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace) -> Model:
     """The bundle's model as the options want it; says on stderr where it runs on something else."""
-    model = Model(args.bundle, args.threads, args.engine, args.allow_fallback)
+    # `check` looks at all the images and says more; the first inference is bench's to time
+    prove = args.command not in ("check", "bench")
+    model = Model(args.bundle, args.threads, args.engine, args.allow_fallback, prove)
     if model.fallback:
         print(f"run.py: warning: {model.fallback}. It runs on {_ran(model)} instead", file=sys.stderr)
     return model
@@ -978,8 +1000,7 @@ def _warn_unproved(model: Model) -> None:
 
 
 def _ran(model: Model) -> str:
-    session = model.session
-    return f"{session.backend} ({session.engine} engine, {session.precision})"
+    return f"{model.session.backend} ({model.session.engine} engine, {model.precision})"
 
 
 def _done(model: Model) -> int:

@@ -42,7 +42,9 @@ class Target(BaseModel):
         description="What the model is made fast for: OpenCV 5.0's own engine, 4.x's, or another backend (plain). "
         "opencv4.6 is right and fast in 4.6 too.",
     )
-    precision: Literal["fp32"] = Field("fp32", description="The model variant that this target gets.")
+    precision: Literal["fp32", "auto"] = Field(
+        "fp32", description="What a bundle gets; auto: int8 where that kept its accuracy and is faster, else fp32."
+    )
     opencv: Range = Field(description='OpenCV versions that may be installed there, such as ">=4.5.4,<5.1".')
     prove_on: Annotated[
         tuple[Annotated[str, Field(pattern=r"^(\d+(\.\d+){3}|openvino)$")], ...], Field(min_length=1)
@@ -63,6 +65,8 @@ class Target(BaseModel):
     def _pieces_fit(self) -> Target:
         if self.backend == "openvino/cpu" and self.form != "plain":
             raise ValueError('OpenVINO takes a model in the plain form: form = "plain"')
+        if self.backend.startswith("cuda") and self.precision != "fp32":
+            raise ValueError('OpenCV\'s CUDA backend computes int8 on the CPU: precision = "fp32"')
         if self.backend == "openvino/cpu" and len(self.arch) != 1:
             raise ValueError("the backend openvino/cpu carries a plugin for one arch: name one, x86_64 or aarch64")
         return self

@@ -1,4 +1,4 @@
-"""What a float network's layers meet on real images: the range of each map, and how the taps of a window go together."""
+"""What a float network's layers meet on real images: the range of each map, and how a window's taps go together."""
 
 from __future__ import annotations
 
