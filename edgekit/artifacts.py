@@ -146,6 +146,21 @@ class RunFolder:
         return self.path / "parity.json"
 
     @property
+    def quantization(self) -> Path:
+        """quantize.json: what each quantized variant costs and gains, and which one a bundle gets."""
+        return self.path / "quantize.json"
+
+    @property
+    def int8(self) -> Path:
+        """model.int8.onnx: weights and activations in int8."""
+        return self.path / "model.int8.onnx"
+
+    @property
+    def int8_weights(self) -> Path:
+        """model.int8-weights.onnx: only the weights in int8."""
+        return self.path / "model.int8-weights.onnx"
+
+    @property
     def report(self) -> Path:
         """report.html, for people."""
         return self.path / "report.html"
