@@ -213,12 +213,13 @@ def shipped_variant(record: Mapping[str, Any]) -> str:
 
     "int8" may be either of two variants: the one that kept its accuracy is shipped.
     """
-    rank = [record["precision"], f"{record['precision']}-mixed"]
-    found = [variant for variant in record["variants"] if variant["name"] in rank]
+    names = (record["precision"], f"{record['precision']}-mixed")
+    found = [variant for variant in record["variants"] if variant["name"] in names]
     return str(next((v["name"] for v in found if _is_within(v, record["max_drop"])), found[-1]["name"]))
 
 
 def _is_within(variant: Mapping[str, Any], max_drop: float) -> bool:
+    """Did the variant run on every engine, and lose no more than is allowed?"""
     return all(figure["status"] == "ok" and figure["drop"] <= max_drop for figure in variant["figures"])
 
 

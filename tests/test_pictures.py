@@ -213,6 +213,14 @@ def test_tradeoff_has_a_limit_for_each_different_fp32_metric() -> None:
     assert pictures.tradeoff(record).limits == (73.0,)
 
 
+def test_tradeoff_has_no_limit_of_an_engine_that_has_no_point() -> None:
+    record = quantize_record(("fp32", "int8"), engines=2)
+    record["variants"][0]["figures"][1]["metric"] = 0.5
+    for variant in record["variants"]:
+        variant["figures"][1]["median_ms"] = None
+    assert pictures.tradeoff(record).limits == (pytest.approx(100 * 408 / 412 - 1.0),)
+
+
 def test_tradeoff_without_any_time_is_against_the_files_size() -> None:
     shown = pictures.tradeoff(without_times(quantize_record(engines=1)))
     assert shown.x_label == "size of the file, MB"
@@ -280,13 +288,22 @@ def test_the_shipped_variant_has_a_ring() -> None:
     assert share_of(shipped[around], colors.ink) > 0.02 and share_of(other[around], colors.ink) == 0
 
 
-def test_all_engines_are_told_apart() -> None:
-    """Another engine's marker, at the same place, is another picture; 16 points are no larger a picture than 4."""
-    record = without_times(quantize_record(("fp32", "int8"), engines=2))
-    del record["variants"][0]["figures"][1], record["variants"][1]["figures"][0]
-    first = decoded(pictures.quantization_picture(record))
-    record["variants"][1]["figures"][0]["engine"] = "openvino"
-    assert not np.array_equal(first, decoded(pictures.quantization_picture(record)))
+def test_engines_have_markers_of_their_own() -> None:
+    """int8 alone, as the first to the fourth engine: a circle, a square, a triangle, a diamond."""
+    tops, bottoms = [], []  # the uppermost and lowest three rows of the marker: their share of its width
+    for index in range(4):
+        record = quantize_record(("fp32", "int8"), engines=4, precision="fp32")
+        record["variants"][1]["figures"] = record["variants"][1]["figures"][index : index + 1]
+        rows, columns = places_of(decoded(pictures.quantization_picture(record)), pictures.THEMES["light"].right)
+        width = 3 * (int(np.ptp(columns)) + 1)
+        tops.append((rows < rows.min() + 3).sum() / width)
+        bottoms.append((rows > rows.max() - 3).sum() / width)
+    assert [top > 0.6 for top in tops] == [False, True, False, False]
+    assert [top < 0.3 for top in tops] == [False, False, True, True]
+    assert [bottom > 0.6 for bottom in bottoms] == [False, True, True, False]
+
+
+def test_more_engines_do_not_make_the_picture_larger() -> None:
     few, many = (decoded(pictures.quantization_picture(quantize_record(engines=n))).shape for n in (1, 4))
     assert few[0] == many[0] and abs(few[1] - many[1]) < 60
 
@@ -310,6 +327,7 @@ def test_any_figures_can_be_drawn(change: str) -> None:
         for figure in figures:
             figure |= {"metric": float(change == "perfect"), "drop": 0.0}
         record["curve"] = [{"float_layers": 0, "drop": 0.0, "time_ratio": 0.4, "last": ""}]
+        record["max_drop"] = 0.0
     elif change == "no drop allowed":
         record |= {"max_drop": 0.0, "curve": [step | {"drop": -step["drop"]} for step in record["curve"]]}
     elif change == "one point":

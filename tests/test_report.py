@@ -641,13 +641,14 @@ def test_no_folder_no_page(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_read_quantization_keeps_what_is_shown(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    write_json(run.quantization, quantize_record())
-    read = report.read_quantization(run.quantization)
-    assert cells(report.quantize_table(read)) == cells(report.quantize_table(quantize_record()))
-    assert pictures.quantization_picture(read) == pictures.quantization_picture(quantize_record())
-    assert pictures.sensitivity_picture(read) == pictures.sensitivity_picture(quantize_record())
+@pytest.mark.parametrize("variants", [("fp32", "int8-weights", "int8", "int8-mixed"), ("fp32", "int8-mixed")])
+def test_read_quantization_keeps_what_is_shown(tmp_path: Path, variants: tuple[str, ...]) -> None:
+    record = quantize_record(variants)
+    write_json(tmp_path / "quantize.json", record)
+    read = report.read_quantization(tmp_path / "quantize.json")
+    assert cells(report.quantize_table(read)) == cells(report.quantize_table(record))
+    assert pictures.quantization_picture(read) == pictures.quantization_picture(record)
+    assert pictures.sensitivity_picture(read) == pictures.sensitivity_picture(record)
 
 
 def of_a_figure(**changes: Any) -> dict[str, Any]:
