@@ -8,17 +8,29 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgekit import runner
 from edgekit.artifacts import RunFolder, read_json, write_text
 from edgekit.datasets import Problem, read_split
 from edgekit.errors import ArtifactError
-from edgekit.pictures import THEMES, ThemeName, confusion_picture, curves_picture, fitted
+from edgekit.pictures import (
+    THEMES,
+    ThemeName,
+    confusion_picture,
+    curves_picture,
+    engine_name,
+    fitted,
+    float_layers,
+    quantization_picture,
+    sensitivity_picture,
+    shipped_variant,
+    tradeoff,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,6 +61,21 @@ def percent(share: float | None) -> str:
 def megabytes(size_bytes: int) -> str:
     """Bytes → "13.6 MB" (millions of bytes)."""
     return f"{size_bytes / 1e6:.1f} MB"
+
+
+def _points(drop: float) -> str:
+    """Points of a metric lost → "0.24"; gained → "-0.12"; never "-0.00"."""
+    return f"{round(drop, 2) + 0.0:.2f}"
+
+
+def _ms(milliseconds: float | None) -> str:
+    if milliseconds is None:
+        return NOTHING
+    return f"{milliseconds:.1f}" if milliseconds >= 9.995 else f"{milliseconds:.2f}"
+
+
+def _ratio(share: float | None) -> str:
+    return NOTHING if share is None else f"{share:.2f}"
 
 
 def _rate(per_second: float) -> str:
@@ -108,6 +135,62 @@ def _parity_rows(parity: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def _quantization_rows(record: Mapping[str, Any]) -> list[Row]:
+    """A header and a row a variant and engine; what is not ok has its status and no figures."""
+    fp32_bytes, ships = record["variants"][0]["size_bytes"], shipped_variant(record)
+    rows = [["variant", "size", "OpenCV", record["metric"], "drop", "agrees", "ms", "time"]]
+    for variant in record["variants"]:
+        name, size_bytes = variant["name"], variant["size_bytes"]
+        title = f"{name} *" if name == ships else name
+        size = megabytes(size_bytes) + ("" if name == "fp32" else f" ({fp32_bytes / size_bytes:.1f}x)")
+        for figure in variant["figures"]:
+            cells = [figure["status"], *[NOTHING] * 4]
+            if figure["status"] == "ok":
+                cells = [percent(figure["metric"]), _points(figure["drop"]), percent(figure["agreement"])]
+                cells += [_ms(figure["median_ms"]), _ratio(figure["time_ratio"])]
+            rows.append([title, size, engine_name(figure), *cells])
+    return rows
+
+
+def _quantization_faults(record: Mapping[str, Any]) -> list[str]:
+    """A line for each row that is not ok: what it is, and the message."""
+    return [
+        f"{variant['name']} on {engine_name(figure)}, {figure['status']}: {' '.join(figure['message'].split())}"
+        for variant in record["variants"]
+        for figure in variant["figures"]
+        if figure["status"] != "ok"
+    ]
+
+
+def _quantization_caption(record: Mapping[str, Any]) -> str:
+    metric, limit = record["metric"], _points(record["max_drop"])
+    return (
+        f"* a bundle for {record['target']} gets it; drop: points of {metric} lost against fp32 on the same engine "
+        f"(-0.12: gained), {limit} allowed; agrees: share of images with fp32's answer; "
+        "ms: median of the forward pass; time: ms / fp32's ms"
+    )
+
+
+def _float_layers_rows(record: Mapping[str, Any]) -> list[Row]:
+    """A header and a row a step of the search: the layers left in fp32, and what they cost and gain."""
+    noise = {layer["layer"]: f"{layer['sqnr_db']:.1f}" for layer in record["sensitivity"]}
+    chosen = float_layers(record).chosen
+    rows = [["layers in fp32", "drop", "time", "the last one", "SQNR, dB"]]
+    for step in record["curve"]:
+        count = step["float_layers"]
+        title = f"{count} *" if count == chosen else str(count)
+        last = [step["last"] or NOTHING, noise.get(step["last"], NOTHING)]
+        rows.append([title, _points(step["drop"]), _ratio(step["time_ratio"]), *last])
+    return rows
+
+
+def _float_layers_caption(record: Mapping[str, Any]) -> str:
+    return (
+        f"* a bundle for {record['target']} gets it; the worst layers come first; SQNR: signal / noise of the int8 "
+        "layer's output, the lower the worse"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Terminal and Markdown
 
@@ -125,6 +208,31 @@ def per_class_table(metrics: Mapping[str, Any]) -> Table:
 def parity_table(parity: Mapping[str, Any]) -> Table:
     """parity.json → a row an engine that ran the exported model."""
     return _table(_parity_rows(parity), left=(1, 2))
+
+
+def quantize_table(record: Mapping[str, Any]) -> Table:
+    """quantize.json → a row a variant and engine: size, accuracy, time, and which one a bundle gets.
+
+    What is not ok has its status in the place of the figures, and its message under the table: an importer's message
+    is a paragraph. The table fits into 80 characters.
+    """
+    caption = "\n".join([*_quantization_faults(record), _quantization_caption(record)])
+    title = f"{record['images']} validation images"
+    return _narrow(_table(_quantization_rows(record), left=(2,), title=title, caption=caption))
+
+
+def float_layers_table(record: Mapping[str, Any]) -> Table | None:
+    """quantize.json → a row for each number of layers left in fp32; None where int8 needed no such search."""
+    if not record["curve"]:
+        return None
+    return _narrow(_table(_float_layers_rows(record), left=(3,), caption=_float_layers_caption(record)))
+
+
+def _narrow(table: Table) -> Table:
+    """The same table with one space between columns."""
+    table.caption_justify = "left"
+    table.padding = (0, 0, 0, 0)
+    return table
 
 
 def verdicts_table(verdicts: Iterable[Verdict]) -> Table:
@@ -265,6 +373,7 @@ _CELL_STYLES = {
     "timed out": "bold red",
     "failed": "bold red",
     "refused": "bold red",
+    "not proved": "bold red",
 }
 
 
@@ -344,6 +453,81 @@ class _Parity(_Record):
     verdicts: tuple[_Verdict, ...]
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Finite(_Record):
+    """A record whose figures are drawn: not a number and infinity are no figures."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class _Figure(_Finite):
+    opencv: str
+    engine: str
+    status: Literal["ok", "wrong", "raised", "died", "timed out", "not proved"]
+    message: str
+    metric: Share | None
+    drop: float | None
+    agreement: Share | None
+    median_ms: Annotated[float, Field(gt=0)] | None
+    time_ratio: Annotated[float, Field(gt=0)] | None
+
+    @model_validator(mode="after")
+    def _has_figures(self) -> _Figure:
+        if self.status == "ok" and None in (self.metric, self.drop, self.agreement):
+            raise ValueError(f"no figures for {self.engine} of OpenCV {self.opencv}, which is ok")
+        return self
+
+
+class _Variant(_Record):
+    name: Literal["fp32", "int8-weights", "int8", "int8-mixed"]
+    size_bytes: Annotated[int, Field(gt=0)]
+    float_layers: tuple[str, ...]
+    figures: Annotated[tuple[_Figure, ...], Field(min_length=1)]
+
+
+class _Step(_Finite):
+    float_layers: int
+    drop: float
+    time_ratio: Annotated[float, Field(gt=0)] | None
+    last: str
+
+
+class _Layer(_Finite):
+    layer: str
+    sqnr_db: float
+
+
+class _Calibration(_Record):
+    images: int
+    method: str
+
+
+class _Quantization(_Finite):
+    target: str
+    precision: Literal["fp32", "int8", "int8-weights"]
+    why: str
+    onnx_sha256: str
+    metric: str
+    images: int
+    max_drop: float
+    calibration: _Calibration
+    variants: tuple[_Variant, ...]
+    curve: tuple[_Step, ...]
+    sensitivity: tuple[_Layer, ...]
+    conditions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Quantization:
+        names = [variant.name for variant in self.variants]
+        if names[:1] != ["fp32"]:
+            raise ValueError("fp32 is not the first variant")
+        if self.precision not in {name.removesuffix("-mixed") for name in names}:
+            raise ValueError(f"no variant for the precision {self.precision}")
+        return self
+
+
 class _Epoch(_Record):
     epoch: int
     phase: str
@@ -377,6 +561,11 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return [_checked(_Epoch, row, path) for row in rows]
 
 
+def read_quantization(path: Path) -> dict[str, Any]:
+    """quantize.json, for the tables and pictures here. Raises ArtifactError when it is not as `quantize` writes it."""
+    return _checked(_Quantization, read_json(path), path)
+
+
 def write_report(run: RunFolder) -> Path:
     """Writes report.html: one file, no script, nothing loaded from elsewhere; → its path.
 
@@ -408,6 +597,7 @@ def _facts(run: RunFolder) -> dict[str, Any]:
     """All that the template shows; None for what the run folder does not have yet."""
     metrics = _checked(_Metrics, read_json(run.metrics), run.metrics) if run.metrics.is_file() else None
     parity = _checked(_Parity, read_json(run.parity), run.parity) if run.parity.is_file() else None
+    quantization = read_quantization(run.quantization) if run.quantization.is_file() else None
     history = read_history(run.history) if run.history.is_file() else []
     return {
         "name": run.name,
@@ -415,7 +605,7 @@ def _facts(run: RunFolder) -> dict[str, Any]:
         "themes": THEMES,
         "metrics": metrics,
         "verdict": _verdict(metrics) if metrics else "",
-        "tiles": _tiles(run, metrics),
+        "tiles": _tiles(run, metrics, quantization),
         "summary": _summary(run),
         "curves": _both_themes(lambda theme: curves_picture(history, theme)) if history else None,
         "metrics_rows": _metrics_rows(metrics) if metrics else None,
@@ -424,8 +614,9 @@ def _facts(run: RunFolder) -> dict[str, Any]:
         "mistakes": [_shown_mistake(mistake) for mistake in metrics["mistakes"]] if metrics else None,
         "parity_rows": _parity_rows(parity) if parity else None,
         "faults": [row for row in parity["verdicts"] if row["status"] != "ok"] if parity else [],
+        "quantization": _quantization_facts(run, quantization) if quantization else None,
         "recipe": run.recipe.read_text(encoding="utf-8") if run.recipe.is_file() else None,
-        "conditions": _conditions(run, history, metrics, parity),
+        "conditions": _conditions(run, history, metrics, parity, quantization),
     }
 
 
@@ -441,11 +632,15 @@ def _verdict(metrics: Mapping[str, Any]) -> str:
     return f"{what} gives the trained network's answer on {same} of {images} validation images."
 
 
-def _tiles(run: RunFolder, metrics: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _tiles(
+    run: RunFolder, metrics: Mapping[str, Any] | None, quantization: Mapping[str, Any] | None
+) -> list[tuple[str, str]]:
     tiles = []
     if metrics:
         tiles += [(f"top-1, {name}", percent(column["top1"])) for name, column in metrics["columns"].items()]
         tiles += [("val images", str(metrics["images"])), ("classes", str(len(metrics["class_names"])))]
+    if quantization:
+        tiles += [(f"precision, {quantization['target']}", shipped_variant(quantization))]
     model = run.onnx if run.onnx.is_file() else run.weights
     return tiles + ([(model.name, megabytes(model.stat().st_size))] if model.is_file() else [])
 
@@ -472,6 +667,7 @@ def _conditions(
     history: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any] | None,
     parity: Mapping[str, Any] | None,
+    quantization: Mapping[str, Any] | None,
 ) -> list[tuple[str, str]]:
     rows = []
     if history:
@@ -485,13 +681,38 @@ def _conditions(
     if run.split.is_file():
         rows += [("Data, SHA-256", read_split(run.split).sha256)]
     if metrics:
-        rows += [("Evaluated with", ", ".join(f"{name} {value}" for name, value in metrics["conditions"].items()))]
+        rows += [("Evaluated with", _listed(metrics["conditions"]))]
     if parity:
-        versions = ", ".join(f"{name} {version}" for name, version in parity["versions"].items())
+        versions = _listed(parity["versions"])
         rows += [("Exported with", versions)] if versions else []
         rows += [("Proved with", ", ".join(f"{row['engine']} {row['version']}" for row in parity["verdicts"]))]
+    if quantization:
+        calibration = quantization["calibration"]
+        rows += [("Quantized with", f"{calibration['images']} calibration images, method {calibration['method']}")]
+        rows += [("Quantized models measured with", _listed(quantization["conditions"]))]
     files = (("Weights, SHA-256", run.weights), ("ONNX, SHA-256", run.onnx))
     return rows + [(title, runner.file_sha256(path)) for title, path in files if path.is_file()]
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _quantization_facts(run: RunFolder, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page's section shows of quantize.json."""
+    drawn = tradeoff(record)
+    return {
+        "why": record["why"],
+        "is_old": run.onnx.is_file() and runner.file_sha256(run.onnx) != record["onnx_sha256"],
+        "rows": _quantization_rows(record),
+        "faults": _quantization_faults(record),
+        "caption": _quantization_caption(record),
+        "x": drawn.x_label,
+        "picture": _both_themes(lambda theme: quantization_picture(record, theme)) if drawn.points else None,
+        "float_layers_rows": _float_layers_rows(record),
+        "float_layers_caption": _float_layers_caption(record),
+        "curve": _both_themes(lambda theme: sensitivity_picture(record, theme)) if record["curve"] else None,
+    }
 
 
 def _confusion_pictures(metrics: Mapping[str, Any]) -> dict[ThemeName, str]:

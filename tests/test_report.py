@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
-from shown import HISTORY, HOSTILE, bgr, mistake, solid
+from shown import HISTORY, HOSTILE, bgr, mistake, not_ok, quantize_record, solid, without_times
 
 from edgekit import pictures, report, runner
 from edgekit.artifacts import RunFolder, write_bytes, write_json, write_text
@@ -160,6 +160,113 @@ def test_parity_table() -> None:
         ["opencv-classic", "5.0.0", "died", "-", "1.0e-03"],
     ]
     assert [cell.style for cell in table.columns[2].cells] == ["green", "bold red", "bold red"]  # type: ignore[union-attr]
+
+
+QUANTIZED = [
+    ["variant", "size", "OpenCV", "top-1", "drop", "agrees", "ms", "time"],
+    ["fp32", "13.6 MB", "4.14.0 openvino", "99.03 %", "0.00", "100.00 %", "8.90", "1.00"],
+    ["fp32", "13.6 MB", "4.14.0 classic", "99.03 %", "0.00", "100.00 %", "14.2", "1.00"],
+    ["int8-weights", "3.7 MB (3.7x)", "4.14.0 openvino", "99.27 %", "-0.24", "99.76 %", "11.7", "1.31"],
+    ["int8-weights", "3.7 MB (3.7x)", "4.14.0 classic", "99.03 %", "0.00", "99.76 %", "17.6", "1.24"],
+    ["int8", "3.6 MB (3.8x)", "4.14.0 openvino", "95.87 %", "3.16", "96.36 %", "3.83", "0.43"],
+    ["int8", "3.6 MB (3.8x)", "4.14.0 classic", "95.63 %", "3.40", "96.36 %", "7.23", "0.51"],
+    ["int8-mixed *", "4.3 MB (3.2x)", "4.14.0 openvino", "98.54 %", "0.49", "99.27 %", "4.36", "0.49"],
+    ["int8-mixed *", "4.3 MB (3.2x)", "4.14.0 classic", "98.30 %", "0.73", "99.27 %", "8.03", "0.57"],
+]
+
+
+def test_quantize_table() -> None:
+    table = report.quantize_table(quantize_record(engines=2))
+    assert cells(table) == QUANTIZED
+    assert printed(table).startswith("412 validation images")
+    assert str(table.caption) == (
+        "* a bundle for openvino gets it; drop: points of top-1 lost against fp32 on the same engine (-0.12: gained), "
+        "1.00 allowed; agrees: share of images with fp32's answer; ms: median of the forward pass; time: ms / fp32's ms"
+    )
+
+
+def test_quantize_table_marks_fp32_where_that_is_shipped() -> None:
+    rows = cells(report.quantize_table(quantize_record(("fp32", "int8"), 1, "fp32")))
+    assert [row[0] for row in rows] == ["variant", "fp32 *", "int8"]
+
+
+def test_quantize_table_says_what_went_wrong() -> None:
+    record = quantize_record(("fp32", "int8"), engines=2)
+    openvino, classic = record["variants"][1]["figures"]
+    openvino |= {"median_ms": None, "time_ratio": None}
+    not_ok(classic, "not proved", "no OpenCV\n  4.14.0 here")
+    table = report.quantize_table(record)
+    assert cells(table)[3:] == [
+        ["int8 *", "3.6 MB (3.8x)", "4.14.0 openvino", "95.87 %", "3.16", "96.36 %", "-", "-"],
+        ["int8 *", "3.6 MB (3.8x)", "4.14.0 classic", "not proved", "-", "-", "-", "-"],
+    ]
+    assert [cell.style for cell in table.columns[3].cells][2:] == ["", "bold red"]  # type: ignore[union-attr]
+    first = str(table.caption).splitlines()[0]
+    assert first == "int8 on 4.14.0 classic, not proved: no OpenCV 4.14.0 here"
+
+
+def test_quantize_table_fits_into_80_characters() -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report.quantize_table(quantize_record(("fp32", "int8-weights", "int8"), 4, "int8-weights")))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len([line for line in lines if line.startswith(" int8-weights * 3.7 MB (3.7x)")]) == 4, "nothing is folded"
+    assert len([line for line in lines if line.startswith((" fp32", " int8"))]) == 12
+
+
+def test_an_engines_text_is_not_read_as_markup() -> None:
+    record = quantize_record(("fp32", "int8"), engines=1) | {"metric": "[bold]top", "target": "[red]x"}
+    not_ok(record["variants"][1]["figures"][0], "raised", "[/] closes [nothing]")
+    record["variants"][1]["figures"][0]["engine"] = "[red]"
+    table = report.quantize_table(record)
+    assert cells(table)[0][3] == "[bold]top" and cells(table)[2][2] == "4.14.0 [red]"
+    text = " ".join(printed(table).split())
+    assert "[bold]top" in text and "int8 on 4.14.0 [red], raised: [/] closes [nothing]" in text
+    assert "a bundle for [red]x gets it" in text
+
+
+@pytest.mark.parametrize(
+    ("drop", "shown"), [(0.0, "0.00"), (-0.001, "0.00"), (-0.12, "-0.12"), (0.24, "0.24"), (64.125, "64.12")]
+)
+def test_points_are_of_what_was_lost(drop: float, shown: str) -> None:
+    assert report._points(drop) == shown
+
+
+@pytest.mark.parametrize(
+    ("ms", "shown"), [(None, "-"), (0.912, "0.91"), (9.994, "9.99"), (9.996, "10.0"), (105.25, "105.2")]
+)
+def test_milliseconds(ms: float | None, shown: str) -> None:
+    assert report._ms(ms) == shown
+
+
+SEARCHED = [
+    ["layers in fp32", "drop", "time", "the last one", "SQNR, dB"],
+    ["0", "3.10", "0.42", "-", "-"],
+    ["1", "1.40", "0.45", "node_Conv_774", "9.2"],
+    ["2 *", "0.70", "0.49", "node_Conv_865", "13.5"],
+]
+
+
+def test_float_layers_table() -> None:
+    table = report.float_layers_table(quantize_record())
+    assert table is not None and cells(table) == SEARCHED
+
+
+def test_float_layers_table_without_times_and_sensitivities() -> None:
+    record = without_times(quantize_record()) | {"sensitivity": [], "precision": "fp32"}
+    table = report.float_layers_table(record)
+    assert table is not None
+    assert [row[2:] for row in cells(table)[1:]] == [
+        ["-", "-", "-"],
+        ["-", "node_Conv_774", "-"],
+        ["-", "node_Conv_865", "-"],
+    ]
+    assert [row[0] for row in cells(table)[1:]] == ["0", "1", "2"], "none is shipped"
+
+
+def test_there_is_no_float_layers_table_where_int8_needed_no_search() -> None:
+    assert report.float_layers_table(quantize_record(("fp32", "int8"))) is None
 
 
 def test_problems_table_puts_what_stops_training_first() -> None:
@@ -339,6 +446,7 @@ def make_run(folder: Path, names: tuple[str, ...] = NAMES) -> RunFolder:
     write_json(run.parity, PARITY)
     write_bytes(run.weights, b"w" * 1_250_000)
     write_bytes(run.onnx, b"o" * 2_340_000)
+    write_json(run.quantization, quantize_record(engines=2) | {"onnx_sha256": runner.file_sha256(run.onnx)})
     return run
 
 
@@ -358,6 +466,7 @@ def test_the_page_shows_the_files_figures(run: RunFolder) -> None:
         "Confusion matrix",
         "Worst mistakes",
         "Export parity",
+        "Quantization",
         "How it was made",
         "Conditions",
     ]
@@ -365,9 +474,11 @@ def test_the_page_shows_the_files_figures(run: RunFolder) -> None:
         "metrics": cells(report.metrics_table(metrics())),
         "classes": cells(report.per_class_table(metrics())),
         "parity": cells(report.parity_table(PARITY)),
+        "quantization": QUANTIZED + SEARCHED,
     }
     assert page.section("summary") == (
-        "Summary 70.00 %top-1, torch 70.00 %top-1, onnx 60.00 %top-1, bundle 10val images 3classes 2.3 MBmodel.onnx "
+        "Summary 70.00 %top-1, torch 70.00 %top-1, onnx 60.00 %top-1, bundle 10val images 3classes "
+        "int8-mixedprecision, openvino 2.3 MBmodel.onnx "
         "Taskclassify Backbonetf_efficientnet_lite0 Started frompublished ImageNet weights Datapets <b> "
         "Images3 for training, 1 for validation Network input128x96 px, stretch, linear interpolation "
         "Classescat, dog, newt"
@@ -383,6 +494,8 @@ def test_the_page_shows_the_files_figures(run: RunFolder) -> None:
         "Evaluated withcpu A CPU @ 2 GHz, device cpu, torch 2.15.0 "
         "Exported withtorch 2.15.0, onnx 1.23.0 "
         "Proved withonnxruntime 1.32.0, opencv-new 5.0.0, opencv-classic 5.0.0 "
+        "Quantized with200 calibration images, method mse "
+        "Quantized models measured withcpu A CPU @ 2 GHz, threads 1, onnxruntime 1.32.0 "
         f"Weights, SHA-256{runner.file_sha256(run.weights)} ONNX, SHA-256{runner.file_sha256(run.onnx)}"
     )
     assert "not in the table yet" not in page.section("metrics")
@@ -409,10 +522,15 @@ def test_the_pages_pictures_come_in_both_themes(run: RunFolder) -> None:
     images = [runner.decode(base64.b64decode(address.split(",", 1)[1])) for address in addresses]
     surfaces = [tuple(image[0, 0]) for image in images]
     dark, light = (bgr(pictures.THEMES[theme].surface) for theme in ("dark", "light"))
-    # curves, confusion: the dark source first, then the light image; then the one mistake whose image is there
-    assert surfaces[:4] == [dark, light, dark, light]
+    # curves, confusion: the dark source first, then the light image; then the one mistake whose image is there;
+    # then quantization, and its search
+    assert surfaces[:4] == surfaces[5:] == [dark, light, dark, light]
     assert images[4].shape == (96, 96, 3) and np.abs(images[4].astype(int) - (0, 0, 255)).max() < 12
-    assert len(images) == 5
+    assert [image.shape for image in images[5:]] == [
+        runner.decode(picture(quantize_record(engines=2), theme)).shape
+        for picture in (pictures.quantization_picture, pictures.sensitivity_picture)
+        for theme in ("dark", "light")
+    ]
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -421,8 +539,54 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     assert page.title == "<b>bold & run"
     assert [row[0] for row in page.tables["classes"][1:]] == list(HOSTILE)
     assert "script" not in page.tags
-    assert page.tags.count("img") == 3, "two pictures and a mistake, no image of a class name's"
+    assert page.tags.count("img") == 5, "four pictures and a mistake, no image of a class name's"
     assert f"{HOSTILE[2]} → {HOSTILE[1]} 87.50 %" in page.section("mistakes")
+
+
+def test_the_page_says_why_a_precision_is_shipped(run: RunFolder) -> None:
+    text = page_of(run).section("quantization")
+    record = quantize_record(engines=2)
+    assert text.startswith(f"Quantization {record['why']} variant")
+    assert str(report.quantize_table(record).caption) in text
+    assert "another model.onnx" not in text
+
+
+def test_the_page_says_that_the_figures_are_of_another_model(run: RunFolder) -> None:
+    write_bytes(run.onnx, b"exported again")
+    text = page_of(run).section("quantization")
+    assert f"of another model.onnx than the run's. Make them again with edgekit quantize {run.path}." in text
+
+
+def test_the_pages_quantization_without_search_and_without_anything_that_ran(run: RunFolder) -> None:
+    record = quantize_record(("fp32", "int8"), engines=1, precision="fp32")
+    write_json(run.quantization, record)
+    page = page_of(run)
+    assert "Layers left in fp32" not in page.section("quantization") and page.tags.count("picture") == 3
+    for variant in record["variants"]:
+        not_ok(variant["figures"][0], "timed out", "took <b>60 s</b>")
+    write_json(run.quantization, record)
+    bold, page = page.tags.count("b"), page_of(run)
+    assert page.tags.count("picture") == 2 and page.tags.count("b") == bold
+    assert "int8 on 4.14.0 openvino, timed out: took <b>60 s</b>" in page.section("quantization")
+
+
+def test_hostile_quantization_is_text(run: RunFolder) -> None:
+    record: dict[str, Any] = quantize_record(engines=1) | {
+        "why": HOSTILE[0],
+        "metric": HOSTILE[1],
+        "target": HOSTILE[2],
+    }
+    for variant in record["variants"]:
+        variant["figures"][0]["engine"] = HOSTILE[1]
+    record["curve"][1]["last"] = HOSTILE[0]
+    images = page_of(run).tags.count("img")
+    write_json(run.quantization, record)
+    page = page_of(run)
+    assert "script" not in page.tags and page.tags.count("img") == images
+    assert page.tables["quantization"][0][3] == HOSTILE[1]
+    assert page.tables["quantization"][1][2] == f"4.14.0 {HOSTILE[1]}"
+    assert page.section("quantization").startswith(f"Quantization {HOSTILE[0]}")
+    assert HOSTILE[2] in page.section("summary")
 
 
 @pytest.mark.parametrize(
@@ -431,6 +595,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
         ("metrics.json", ("metrics", "classes", "confusion", "mistakes"), "edgekit evaluate {run}."),
         ("parity.json", ("parity",), "edgekit export {run}."),
         ("history.csv", ("curves",), "edgekit finetune DATA."),
+        ("quantize.json", ("quantization",), "edgekit quantize {run}."),
         ("recipe.toml", ("recipe",), "edgekit finetune DATA."),
     ],
 )
@@ -476,6 +641,50 @@ def test_no_folder_no_page(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("variants", [("fp32", "int8-weights", "int8", "int8-mixed"), ("fp32", "int8-mixed")])
+def test_read_quantization_keeps_what_is_shown(tmp_path: Path, variants: tuple[str, ...]) -> None:
+    record = quantize_record(variants)
+    write_json(tmp_path / "quantize.json", record)
+    read = report.read_quantization(tmp_path / "quantize.json")
+    assert cells(report.quantize_table(read)) == cells(report.quantize_table(record))
+    assert pictures.quantization_picture(read) == pictures.quantization_picture(record)
+    assert pictures.sensitivity_picture(read) == pictures.sensitivity_picture(record)
+
+
+def of_a_figure(**changes: Any) -> dict[str, Any]:
+    record = quantize_record()
+    record["variants"][1]["figures"][0] |= changes
+    return record
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (quantize_record() | {"variants": []}, "fp32 is not the first variant"),
+        (quantize_record(("int8", "fp32")), "fp32 is not the first variant"),
+        (quantize_record(engines=0), r"variants\.0\.figures: Tuple should have at least 1 item"),
+        (quantize_record(precision="int4"), "precision: Input should be 'fp32', 'int8' or 'int8-weights'"),
+        (quantize_record(("fp32", "int8"), precision="int8-weights"), "no variant for the precision int8-weights"),
+        (of_a_figure(metric=99.03), r"variants\.1\.figures\.0\.metric: Input should be less than or equal to 1"),
+        (of_a_figure(agreement=-0.1), r"\.agreement: Input should be greater than or equal to 0"),
+        (of_a_figure(median_ms=0), r"\.median_ms: Input should be greater than 0"),
+        (of_a_figure(time_ratio=float("inf")), r"\.time_ratio: Input should be a finite number"),
+        (of_a_figure(status="fine"), r"\.status: Input should be 'ok', 'wrong'"),
+        (of_a_figure(drop=None), r"figures\.0: no figures for openvino of OpenCV 4\.14\.0, which is ok"),
+    ],
+)
+def test_a_quantization_of_another_version_is_a_message(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    write_json(tmp_path / "quantize.json", record)
+    with pytest.raises(ArtifactError, match=rf"quantize.json is not as this edgekit writes it \(.*{message}.*make it"):
+        report.read_quantization(tmp_path / "quantize.json")
+
+
+def test_the_run_folder_names_the_files_of_quantize() -> None:
+    run = RunFolder(Path("runs/a"))
+    names = [path.relative_to("runs/a").as_posix() for path in (run.quantization, run.int8, run.int8_weights)]
+    assert names == ["quantize.json", "model.int8.onnx", "model.int8-weights.onnx"]
+
+
 def without_torch() -> dict[str, Any]:
     value = metrics()
     del value["columns"]["torch"]
@@ -497,6 +706,12 @@ def of_fewer_classes() -> dict[str, Any]:
             "parity.json",
             '{"tolerance": "x", "versions": {}, "verdicts": []}',
             r"\(tolerance: Input should be a valid number",
+        ),
+        ("quantize.json", "[]", "is damaged"),
+        (
+            "quantize.json",
+            "{}",
+            r"quantize.json is not as this edgekit writes it \(target: Field required\): make it again",
         ),
         ("history.csv", "epoch,phase\n1,head\n", r"history.csv is not as this edgekit writes it \(train_loss"),
     ],
