@@ -24,6 +24,7 @@ from edgekit.artifacts import (
     open_run,
     read_json,
     read_proof,
+    read_quantization,
     replacing_folder,
     write_archive,
     write_json,
@@ -33,7 +34,13 @@ from edgekit.cuda_layers import cpu_operators
 from edgekit.datasets import read_split
 from edgekit.errors import ArtifactError, ParityError
 from edgekit.launch import run_py
-from edgekit.parity import OTHER_PIXELS_TOLERANCE, SIXTEEN_BIT_TOLERANCE
+from edgekit.parity import (
+    INT8_TOLERANCE,
+    INT8_WEIGHTS_TOLERANCE,
+    OTHER_PIXELS_TOLERANCE,
+    SIXTEEN_BIT_TOLERANCE,
+    reference,
+)
 from edgekit.recipe import recipe_sha256
 from edgekit.targets import Target
 
@@ -50,18 +57,22 @@ class Bundled:
     checked: dict[str, Any]  # what `run.py check --json` said
     proved: tuple[dict[str, str], ...]  # {"opencv", "engine"}, as in the manifest
     refused: tuple[dict[str, str], ...]  # the same, with a "reason"
+    precision: str  # of the model: "fp32", "int8" or "int8-weights"
+    why: str  # that one, in a sentence; "" where there was no choice
     cpu_operators: dict[str, int]  # for CUDA: what runs on the CPU there, with its number
 
 
-def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
+def bundle(run: Path, target: Target, dist: Path = Path("dist"), precision: str = "") -> Bundled:
     """Builds dist/RUN-TARGET/ and dist/RUN-TARGET.tar.gz; the same inputs give the same bytes.
 
-    The bundle's check/ holds real validation images with the trained (torch) network's answers, and its own
-    `run.py check` must pass here, in a process of its own, before the folder appears: on the target's backend where
-    this machine has it, else on OpenCV's own.
+    precision: "fp32", "int8", "int8-weights", or "auto": what `quantize` chose for the target; "": the target's own.
+    The bundle's check/ holds real validation images with the answers of the trained (torch) network, or of the int8
+    network that the guard let pass. Its own `run.py check` must pass here, in a process of its own, before the folder
+    appears: on the target's backend where this machine has it, else on OpenCV's own.
 
-    Raises ArtifactError when the run was not exported or model.onnx is not the one that was proved, SetupError when
-    the target needs a plugin that is not in the cache, ParityError when the check fails.
+    Raises ArtifactError when the run was not exported, or not quantized where int8 is asked for, or model.onnx is not
+    the one that was proved; SetupError when the target needs a plugin that is not in the cache; ParityError when the
+    int8 asked for lost too much, or the check fails.
     """
     folder = open_run(run)
     proof = read_proof(folder)
@@ -73,44 +84,93 @@ def bundle(run: Path, target: Target, dist: Path = Path("dist")) -> Bundled:
             f"run `edgekit export {folder.path} --form {target.form}` first"
         )
     requirements = _requirements(target, proof)
+    shipped = _shipped(folder, target, proof, precision or target.precision)
     plugin_file = plugin.find_plugin(target.arch[0]) if target.backend == "openvino/cpu" else None
     path = dist / f"{folder.name}-{target.name}"
     with replacing_folder(path) as temporary:
         shutil.copyfile(runner.__file__, temporary / "run.py")
         (temporary / "run.py").chmod(0o755)
-        shutil.copyfile(folder.onnx, temporary / "model.onnx")
+        shutil.copyfile(shipped.file, temporary / "model.onnx")
         if plugin_file:
             shutil.copyfile(plugin_file, temporary / runner.PLUGIN_FILE)
-        _write_check(folder, temporary / "check")
+        _write_check(folder, shipped, temporary / "check")
         write_text(temporary / "requirements.txt", "\n".join(requirements) + "\n")
-        write_text(temporary / "README.md", _readme(folder, target))
-        manifest = _manifest(folder, target, proof, file_table(temporary))
+        write_text(temporary / "README.md", _readme(folder, target, shipped))
+        manifest = _manifest(folder, target, shipped, file_table(temporary))
         write_json(temporary / "manifest.json", manifest.to_json())
         checked = _check(temporary)
     archive = path.with_name(path.name + ".tar.gz")
     write_archive(path, archive)
     operators = cpu_operators(folder.onnx) if target.backend.startswith("cuda") else {}
-    return Bundled(path, archive, archive.stat().st_size, checked, manifest.proved, manifest.refused, operators)
+    return Bundled(
+        path,
+        archive,
+        archive.stat().st_size,
+        checked,
+        manifest.proved,
+        manifest.refused,
+        shipped.precision,
+        shipped.why,
+        operators,
+    )
 
 
-def _write_check(folder: RunFolder, check: Path) -> None:
-    """Copies the run's check images and writes what the trained network answers for them, from their bytes."""
-    spec, model = folder.read_spec(), tasks.load(folder)
+@dataclass(frozen=True)
+class _Shipped:
+    """The model file that the bundle gets."""
+
+    file: Path
+    precision: str
+    tolerance: float  # of its outputs on the device
+    rows: list[dict[str, Any]]  # what is known of it on each engine, the fastest first in each version
+    why: str
+
+
+def _shipped(folder: RunFolder, target: Target, proof: dict[str, Any], precision: str) -> _Shipped:
+    if precision == "fp32":
+        return _Shipped(folder.onnx, "fp32", proof["tolerance"], _rows(proof), "")
+    record = read_quantization(folder, target.name)
+    chosen = record["precision"] if precision == "auto" else precision
+    why = record["why"] if precision == "auto" else f"{precision} was asked for"
+    if chosen == "fp32":
+        return _Shipped(folder.onnx, "fp32", proof["tolerance"], _rows(proof), why)
+    made = [row for row in record["variants"] if row["file"] and row["name"].removesuffix("-mixed") == chosen]
+    if not made:
+        raise ParityError(f"no {chosen} network of {folder.path} passed the guard: {record['why']}")
+    rows = [
+        {**row, "version": row["opencv"], "engine": f"opencv-{row['engine']}", "best_ms": row["median_ms"]}
+        for row in made[-1]["figures"]
+    ]
+    limit = {"int8": INT8_TOLERANCE, "int8-weights": INT8_WEIGHTS_TOLERANCE}[chosen]
+    return _Shipped(folder.path / made[-1]["file"], chosen, limit, _sorted(rows), why)
+
+
+def _write_check(folder: RunFolder, shipped: _Shipped, check: Path) -> None:
+    """Copies the run's check images and writes what the network must answer for them, from their bytes."""
+    spec, files = folder.read_spec(), folder.check_images()
+    pixels = [runner.resize(runner.read_image(file), spec) for file in files]
+    outputs = _answers(folder, shipped, runner.normalize(np.stack(pixels), spec))
     check.mkdir()
     rows = []
-    for source in folder.check_images():
+    for number, source in enumerate(files):
         shutil.copyfile(source, check / source.name)
-        pixels = runner.resize(runner.read_image(source), spec)
-        outputs = tasks.forward(model, runner.normalize(pixels[None], spec))
+        answer = {name: array[number : number + 1] for name, array in outputs.items()}
         rows.append(
             {
                 "file": source.name,
-                "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
-                "outputs": {name: _short(array) for name, array in outputs.items()},
-                "results": runner.POSTPROCESS[spec.task](outputs, spec, 5),
+                "pixels_sha256": hashlib.sha256(pixels[number].tobytes()).hexdigest(),
+                "outputs": {name: _short(array) for name, array in answer.items()},
+                "results": runner.POSTPROCESS[spec.task](answer, spec, 5),
             }
         )
     write_json(check / "expected.json", {"images": rows})
+
+
+def _answers(folder: RunFolder, shipped: _Shipped, blobs: np.ndarray) -> runner.Outputs:
+    """The trained network's outputs; of int8, which is another network, its own in ONNX Runtime."""
+    if shipped.precision == "fp32":
+        return tasks.forward(tasks.load(folder), blobs)
+    return reference(shipped.file, blobs)
 
 
 def _short(array: np.ndarray) -> Any:
@@ -137,7 +197,10 @@ def _requirements(target: Target, proof: dict[str, Any]) -> list[str]:
 def _rows(proof: dict[str, Any], version: str = "") -> list[dict[str, Any]]:
     """What parity.json says of OpenCV's engines, or of those of one version; the fastest first in each version."""
     rows = [row for row in proof["verdicts"] if row["engine"].startswith("opencv-")]
-    rows = [row for row in rows if not version or is_about(row, version)]
+    return _sorted([row for row in rows if not version or is_about(row, version)])
+
+
+def _sorted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (runner.opencv_version(row["version"]), row["best_ms"] or math.inf))
 
 
@@ -154,8 +217,7 @@ def _refused(rows: list[dict[str, Any]]) -> tuple[dict[str, str], ...]:
     )
 
 
-def _manifest(folder: RunFolder, target: Target, proof: dict[str, Any], files: dict[str, dict[str, Any]]) -> Manifest:
-    rows = _rows(proof)
+def _manifest(folder: RunFolder, target: Target, shipped: _Shipped, files: dict[str, dict[str, Any]]) -> Manifest:
     return Manifest(
         edgekit_version=__version__,
         name=folder.name,
@@ -164,14 +226,14 @@ def _manifest(folder: RunFolder, target: Target, proof: dict[str, Any], files: d
         spec=folder.read_spec().to_dict(),
         backend=target.backend,
         form=target.form,
-        precision=target.precision,
+        precision=shipped.precision,
         threads=target.threads,
-        proved=_proved(rows),
-        refused=_refused(rows),
+        proved=_proved(shipped.rows),
+        refused=_refused(shipped.rows),
         files=files,
         tolerances=Tolerances(
-            outputs=proof["tolerance"],
-            outputs_other_pixels=OTHER_PIXELS_TOLERANCE,
+            outputs=shipped.tolerance,
+            outputs_other_pixels=max(shipped.tolerance, OTHER_PIXELS_TOLERANCE),
             outputs_16bit=SIXTEEN_BIT_TOLERANCE,
         ),
         latency_budget_ms=target.latency_budget_ms,
@@ -222,7 +284,7 @@ def _check(folder: Path) -> dict[str, Any]:
     return checked
 
 
-def _readme(folder: RunFolder, target: Target) -> str:
+def _readme(folder: RunFolder, target: Target, shipped: _Shipped) -> str:
     spec = folder.read_spec()
     classes = ", ".join(spec.class_names[:10]) + (", …" if len(spec.class_names) > 10 else "")
     return _README.format(
@@ -231,6 +293,7 @@ def _readme(folder: RunFolder, target: Target) -> str:
         description=target.description,
         needs=f"Python {target.python}, numpy{_OTHERS[target.backend]} and OpenCV {target.opencv}",
         backend=target.backend,
+        precision=shipped.precision,
         install=_indented(target.install),
         classes=f"{len(spec.class_names)} ({classes})",
         size=f"{spec.input_size[1]}×{spec.input_size[0]}",
@@ -255,7 +318,7 @@ _README = """# {name} for {target}
 
 Network input {size} px; classes: {classes}.
 Needs {needs}; nothing else.
-It runs through {backend}: where that is missing, `run.py` says so and stops.
+It runs through {backend} and is {precision}: where that is missing, `run.py` says so and stops.
 
 ## Install (once)
 
@@ -275,5 +338,5 @@ From Python: `from run import Model; Model("path/to/this/folder")(image)` with a
 Exit codes: 0 ok, 1 the check failed, 2 bad usage or bad input, 3 ok on a fallback (`--allow-fallback`).
 
 `run.py` refuses files that are not those that were built. `check/` holds {images} images of the validation data, with
-the trained network's answers: they travel with the bundle, so share it only with who may see them.
+the answers of the network that was measured: they travel with the bundle, so share it only with who may see them.
 """

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from edgekit.datasets import Dataset
     from edgekit.doctor import Finding
     from edgekit.pipeline import Outcome
+    from edgekit.progress import Display
     from edgekit.recipe import Recipe
+    from edgekit.targets import Target
     from edgekit.timing import Timing
 
 app = typer.Typer(
@@ -410,47 +412,128 @@ def _verify_bundle(bundle: Path, arch: str, cpus: tuple[str, ...], opencvs: tupl
 
 
 @app.command()
+def quantize(
+    run: Run,
+    target: Annotated[
+        str, typer.Option(help="What it is for: a name from `edgekit targets`, or a .toml file.")
+    ] = "cpu",
+    max_drop: Annotated[
+        float, typer.Option(min=0, max=100, help="The guard: points of accuracy that int8 may lose against fp32.")
+    ] = 1.0,
+    images: Annotated[int, typer.Option(min=32, help="Training images to calibrate with.")] = 200,
+    calibration: Annotated[
+        str, typer.Option(help="How ranges are found: mse (smallest error), percentile (99.99) or minmax.")
+    ] = "mse",
+    as_json: AsJson = False,
+) -> None:
+    """Make int8, and say whether it is good enough and faster.
+
+    Both are measured through the target's own engines: accuracy on all validation images, and time with fp32 and int8
+    taking turns. Where int8 loses more than --max-drop, the layers that it hurts most stay in float, until it holds.
+    Writes model.int8.onnx, model.int8-weights.onnx (a quarter of the size, float arithmetic), quantize.json and
+    report.html; `edgekit bundle` ships what is better.
+
+    Exit code 1 where no int8 kept its accuracy: `edgekit finetune --qat RUN` may help.
+    """
+    from edgekit.artifacts import open_run
+    from edgekit.targets import read_target
+
+    chosen = read_target(target)
+    open_run(run)
+    from edgekit.progress import display
+
+    with display() as show:
+        show.busy(LOADING)
+        from edgekit import report
+        from edgekit.int8.calibration import METHODS, as_method
+
+        method = as_method(calibration)
+        if method is None:
+            raise UsageError(f"no calibration named {calibration!r}: give {', '.join(METHODS)}")
+        _prove(run, chosen, show)
+        show.stage("quantize")
+        from edgekit.quantize import quantize as stage
+
+        done = stage(run, chosen, max_drop=max_drop, images=images, method=method, progress=show.work)
+    if as_json:
+        _print_json({"run": run, "passed": done.passed, **done.record})
+    else:
+        _print_table(report.quantize_table(done.record))
+        layers = report.float_layers_table(done.record)
+        if layers:
+            _print_table(layers)
+        typer.echo(f"{done.why[0].upper()}{done.why[1:]}.")
+        typer.echo(f"report: {run / 'report.html'}")
+        typer.echo(f"next: edgekit bundle {run} --target {target}" + ("" if done.passed else " --precision fp32"))
+    raise typer.Exit(0 if done.passed else 1)
+
+
+def _prove(run: Path, target: Target, show: Display) -> None:
+    """Exports a run in a target's form, and proves it on the target's OpenCVs, where that was not done."""
+    from edgekit.artifacts import RunFolder, is_exported
+    from edgekit.export import export as export_stage
+    from edgekit.verify import unproved
+    from edgekit.verify import verify as verify_stage
+
+    if not is_exported(RunFolder(run), target.form):
+        show.stage("export")
+        export_stage(run, target.form, progress=show.busy)
+    missing = unproved(run, target.prove_on)
+    if missing:
+        show.stage("verify")
+        verified = verify_stage(run, missing, progress=show.busy)
+        for version in verified.not_proved:
+            typer.echo(f"not proved on OpenCV {version}: {verified.verdicts[version][0].message}", err=True)
+
+
+@app.command()
 def bundle(
     run: Run,
     target: Annotated[str, typer.Option(help="A name from `edgekit targets`, or a .toml file.")] = "cpu",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32; int8 or int8-weights, where they keep their accuracy; auto: int8 where it is faster too. "
+            "Default: the target's."
+        ),
+    ] = "",
     dist: Dist = Path("dist"),
     as_json: AsJson = False,
 ) -> None:
     """Pack a run for a target, checked here by its own run.py.
 
-    Makes dist/NAME-TARGET/ and .tar.gz. Exports first where that was not done.
+    Makes dist/NAME-TARGET/ and .tar.gz. Exports and quantizes first where that is needed and was not done.
     """
-    from edgekit.artifacts import is_exported, open_run
-    from edgekit.targets import read_target
+    from edgekit.artifacts import is_quantized, open_run
+    from edgekit.targets import PRECISIONS, read_target
 
     chosen = read_target(target)
     folder = open_run(run)
+    if precision and precision not in PRECISIONS:
+        raise UsageError(f"no precision named {precision!r}: give {', '.join(PRECISIONS)}")
+    precision = precision or chosen.precision
     from edgekit.progress import display
 
     with display() as show:
         show.busy(LOADING)
         from edgekit.bundle import bundle as stage
-        from edgekit.export import export as export_stage
-        from edgekit.verify import unproved
-        from edgekit.verify import verify as verify_stage
 
-        if not is_exported(folder, chosen.form):
-            show.stage("export")
-            export_stage(run, chosen.form, progress=show.busy)
-        missing = unproved(run, chosen.prove_on)
-        if missing:
-            show.stage("verify")
-            verified = verify_stage(run, missing, progress=show.busy)
-            for version in verified.not_proved:
-                typer.echo(f"not proved on OpenCV {version}: {verified.verdicts[version][0].message}", err=True)
+        _prove(run, chosen, show)
+        if precision != "fp32" and not is_quantized(folder, chosen.name):
+            show.stage("quantize")
+            from edgekit.quantize import quantize as quantize_stage
+
+            quantize_stage(run, chosen, progress=show.work)
         show.stage("bundle")
-        done = stage(run, chosen, dist)
+        done = stage(run, chosen, dist, precision)
     if as_json:
         _print_json(
             {
                 "bundle": done.path,
                 "archive": done.archive,
                 "size_bytes": done.size_bytes,
+                "precision": done.precision,
+                "why": done.why,
                 "check": done.checked,
                 "proved": done.proved,
                 "refused": done.refused,
@@ -460,6 +543,8 @@ def bundle(
         return
     rows = done.checked["images"]
     typer.echo(f"{done.path} and {done.archive.name} ({done.size_bytes / 1e6:.1f} MB)")
+    if done.why:
+        typer.echo(f"{done.precision}: {done.why}")
     here = done.checked["conditions"]
     typer.echo(
         f"check passed here: {len(rows)} of {len(rows)} images as trained, OpenCV {here['opencv']}, "

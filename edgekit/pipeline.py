@@ -11,6 +11,7 @@ from edgekit.datasets import read_dataset
 from edgekit.evaluate import Evaluation, evaluate
 from edgekit.export import Exported, export
 from edgekit.finetune import Epoch, Finetuned, Step, finetune
+from edgekit.quantize import quantize
 from edgekit.recipe import Recipe
 from edgekit.targets import Target
 from edgekit.verify import unproved, verify
@@ -47,6 +48,9 @@ def pipeline(recipe: Recipe, target: Target, runs: Path, dist: Path, watch: Watc
     exported = export(trained.run, target.form)
     watch.on_stage("verify")
     verify(trained.run, unproved(trained.run, target.prove_on))
+    if target.precision != "fp32":
+        watch.on_stage("quantize")
+        quantize(trained.run, target, progress=watch.on_image)
     watch.on_stage("bundle")
     bundled = bundle(trained.run, target, dist)
     watch.on_stage("evaluate")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,28 @@ import onnx_ir as ir
 import onnxruntime
 
 from edgekit import parity, plugin, report, runner, tasks
-from edgekit.artifacts import RunFolder, is_about, open_run, read_proof, replacing, write_json
+from edgekit.artifacts import RunFolder, is_about, open_run, read_proof, write_bytes, write_json
 from edgekit.batches import batches
-from edgekit.datasets import Sample, missing, read_split
+from edgekit.datasets import Dataset, Sample, missing, read_split
 from edgekit.errors import ArtifactError, ConfigError, DataError, SetupError
 from edgekit.int8 import calibration, rounding, scheme, sensitivity
 from edgekit.lowering import lower
 from edgekit.lowering.from_torch import from_torch
-from edgekit.parity import INT8_TOLERANCE
 from edgekit.targets import Target
 from edgekit.turns import take_turns
 
 IMAGES = 200
 MIN_IMAGES = 32  # ranges that fewer images show are chance
-RANKED_IMAGES = 24  # enough to put the layers in order
+RANKED = 24  # enough to put the layers in order
 COMPARED = 32  # validation images on which an engine is compared with ONNX Runtime, output by output
 PAYS = 0.95  # of fp32's time: a gain that is smaller than this is not worth another arithmetic
 SLOWED = 1.05  # and no other engine of the target may be slower than this
 SECONDS = 4.0  # of timing, an engine
 GUARD_S, IMAGE_S = 120.0, 1.0  # what the guard's pass may take: for loading, and for each image
 SPARED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # layers left in float, step by step
+
+
+Progress = Callable[[str, int, int], None]  # (what is done, done, total); total 0 where it is not known
 
 
 @dataclass(frozen=True)
@@ -126,55 +128,28 @@ def quantize(
     longer faster. Writes model.int8.onnx (where the guard holds), model.int8-weights.onnx, quantize.json, report.html.
 
     per_channel: False gives all outputs of a layer one scale, which is what careless tools do; for comparison.
-    progress(what, done, total): total 0 where it is not known.
-
     Raises ArtifactError when the run was not exported in the target's form, ConfigError for a target that has no use
     for int8, DataError when there are fewer than 32 training images, SetupError when none of the target's OpenCVs can
     be had here. That int8 is not good enough is no error: `passed` says so.
     """
     folder, proof = _proved(run, target)
-    split = read_split(folder.split)
-    gone = missing((*split.train, *split.val))
-    if gone:
-        raise DataError(f"{len(gone)} of the run's images are gone, such as {gone[0]}: put them back")
-    if images < MIN_IMAGES or len(split.train) < MIN_IMAGES:
-        found = min(images, len(split.train))
-        raise DataError(f"{found} images to calibrate with are too few: int8's ranges need {MIN_IMAGES} or more")
-    spec = folder.read_spec()
-    pixels = _pixels(split.train, spec, images)
-
-    def blobs() -> Iterator[np.ndarray]:
-        return (runner.normalize(image[None], spec) for image in pixels)
-
+    spec, split = folder.read_spec(), _split(folder, images)
     guard = _guard(folder, target, proof, split.val, progress)
-    model = _float_model(folder, spec)
-    is_integer = target.form.startswith("opencv4")
-    what = "calibrating"
-    calibrated = calibration.calibrate(
-        model, blobs, method, every_value=is_integer, progress=lambda done, total: progress(what, done, total)
-    )
-    progress("rounding the weights", 0, 0)
-    weights = rounding.round_weights(model, calibrated.moments, per_channel=per_channel)
-    maker = _Maker(model, weights, calibrated.ranges, is_integer)
+    pixels = _pixels(split.train, spec, images)
+    maker = _maker(folder, spec, target, pixels, method, per_channel, progress)
     with tempfile.TemporaryDirectory(prefix="edgekit-quantize-") as temporary:
         made = Path(temporary)
-        fp32 = _measure(guard, "fp32", folder.onnx, (), progress)
-        small = _measure(guard, "int8-weights", maker.write(made / "weights.onnx", None), (), progress)
-        int8 = _measure(guard, "int8", maker.write(made / "int8.onnx", ()), (), progress)
-        variants, curve, ranking = [fp32, small, int8], [], ()
-        if not int8.is_within(max_drop) and all(row.status == "ok" for row in int8.figures):
-            ranking = sensitivity.rank(
-                model,
-                weights,
-                calibrated.ranges,
-                list(blobs())[:RANKED_IMAGES],
-                progress=lambda done, total: progress("ranking the layers", done, total),
-            )
-            mixed, curve = _spare(guard, maker, made, [row.layer for row in ranking], int8, max_drop, progress)
-            variants.append(mixed)
+        variants = [
+            _measure(guard, "fp32", folder.onnx, (), progress),
+            _measure(guard, "int8-weights", maker.write(made / "int8-weights.onnx", None), (), progress),
+            _measure(guard, "int8", maker.write(made / "int8.onnx", ()), (), progress),
+        ]
+        ranking, curve = _spare(
+            guard, maker, made, variants, runner.normalize(pixels[:RANKED], spec), max_drop, progress
+        )
         variants = _timed(guard, variants, made, progress)
         precision, why = _choice(variants, guard, max_drop)
-        kept = _keep(folder, variants, made, max_drop)
+        variants = _keep(folder, variants, made, max_drop)
     record = {
         "target": target.name,
         "precision": precision,
@@ -184,7 +159,7 @@ def quantize(
         "images": len(split.val),
         "max_drop": max_drop,
         "calibration": {"images": len(pixels), "method": method},
-        "variants": [asdict(variant) for variant in kept],
+        "variants": [asdict(variant) for variant in variants],
         "curve": curve,
         "sensitivity": [asdict(row) for row in ranking],
         "conditions": {
@@ -195,8 +170,7 @@ def quantize(
     }
     write_json(folder.quantization, record)
     report.write_report(folder)
-    passed = any(variant.is_within(max_drop) for variant in kept if variant.name in ("int8", "int8-mixed"))
-    return Quantized(run, precision, why, passed, tuple(kept), record)
+    return Quantized(run, precision, why, variants[-1].is_within(max_drop), tuple(variants), record)
 
 
 def _proved(run: Path, target: Target) -> tuple[RunFolder, dict[str, Any]]:
@@ -215,17 +189,21 @@ def _proved(run: Path, target: Target) -> tuple[RunFolder, dict[str, Any]]:
     return folder, proof
 
 
+def _split(folder: RunFolder, images: int) -> Dataset:
+    split = read_split(folder.split)
+    gone = missing((*split.train, *split.val))
+    if gone:
+        raise DataError(f"{len(gone)} of the run's images are gone, such as {gone[0]}: put them back")
+    found = min(images, len(split.train))
+    if found < MIN_IMAGES:
+        raise DataError(f"{found} images to calibrate with are too few: int8's ranges need {MIN_IMAGES} or more")
+    return split
+
+
 def _pixels(samples: Sequence[Sample], spec: runner.Spec, count: int) -> np.ndarray:
     """uint8 (n, h, w, 3): `count` of the samples, whatever their order in the data; the same ones every time."""
     chosen = sorted(samples, key=lambda sample: sample.sha256)[:count]
     return np.concatenate([batch.images for batch in batches(chosen, spec, 8)])
-
-
-def _float_model(folder: RunFolder, spec: runner.Spec) -> ir.Model:
-    """The trained network in the plain form: that is what int8 is made of, whatever form fp32 takes for the target."""
-    module = tasks.load(folder)
-    names = tuple(tasks.forward(module, np.zeros((1, 3, *spec.input_size), np.float32)))
-    return ir.from_proto(lower(from_torch(module, spec.input_size, names), "plain"))
 
 
 @dataclass(frozen=True)
@@ -250,6 +228,33 @@ class _Maker:
         return path
 
 
+def _maker(
+    folder: RunFolder,
+    spec: runner.Spec,
+    target: Target,
+    pixels: np.ndarray,
+    method: calibration.Method,
+    per_channel: bool,
+    progress: Progress,
+) -> _Maker:
+    """Calibrates the trained network. It is in the plain form, whatever form fp32 takes for the target."""
+    progress("loading the network", 0, 0)
+    module = tasks.load(folder)
+    names = tuple(tasks.forward(module, runner.normalize(pixels[:1], spec)))
+    model = ir.from_proto(lower(from_torch(module, spec.input_size, names), "plain"))
+    is_integer = target.form.startswith("opencv4")
+    calibrated = calibration.calibrate(
+        model,
+        lambda: (runner.normalize(image[None], spec) for image in pixels),
+        method,
+        every_value=is_integer,
+        progress=lambda done, total: progress("calibrating", done, total),
+    )
+    progress("rounding the weights", 0, 0)
+    weights = rounding.round_weights(model, calibrated.moments, per_channel=per_channel)
+    return _Maker(model, weights, calibrated.ranges, is_integer)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The guard
 
@@ -259,7 +264,7 @@ def _guard(
     target: Target,
     proof: dict[str, Any],
     samples: tuple[Sample, ...],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> _Guard:
     engines, reasons = [], []
     for version in target.prove_on:
@@ -284,18 +289,16 @@ def _guard(
     return _Guard(folder, task, tuple(engines), samples, blobs, target.threads, times, {})
 
 
-def _measure(
-    guard: _Guard, name: str, path: Path, spared: Sequence[str], progress: Callable[[str, int, int], None]
-) -> Variant:
+def _measure(guard: _Guard, name: str, path: Path, spared: Sequence[str], progress: Progress) -> Variant:
     """A variant's accuracy on every engine; fp32 comes first, the others are compared with it."""
     figures = []
     for engine in guard.engines:
         progress(f"{name} on OpenCV {engine.opencv.version}, {engine.name} engine: {len(guard.samples)} images", 0, 0)
-        figures.append(_figure(guard, engine, path))
+        figures.append(_figure(guard, engine, name, path))
     return Variant(name, path.name, path.stat().st_size, runner.file_sha256(path), tuple(spared), tuple(figures))
 
 
-def _figure(guard: _Guard, engine: _Engine, path: Path) -> Figure:
+def _figure(guard: _Guard, engine: _Engine, name: str, path: Path) -> Figure:
     images = [sample.path for sample in guard.samples]
     run = parity.run_files(
         engine.opencv, engine.name, path, guard.folder.spec, images, timeout_s=GUARD_S + IMAGE_S * len(images)
@@ -303,7 +306,7 @@ def _figure(guard: _Guard, engine: _Engine, path: Path) -> Figure:
     figure = Figure(engine.opencv.version, engine.name, run.status, run.message, None, None, None, None, None)
     if run.status != "ok":
         return figure
-    fault = _fault(guard, path, run.arrays, INT8_TOLERANCE)
+    fault = _fault(guard, path, run.arrays, _tolerance(name))
     if fault:
         return replace(figure, status="wrong", message=fault)
     labels = np.array([sample.label for sample in guard.samples])
@@ -312,6 +315,11 @@ def _figure(guard: _Guard, engine: _Engine, path: Path) -> Figure:
     return replace(
         figure, metric=metric, drop=100 * (best - metric), agreement=guard.task.agreement(run.arrays, expected)
     )
+
+
+def _tolerance(name: str) -> float:
+    """How far an engine may be from ONNX Runtime with a variant."""
+    return parity.INT8_TOLERANCE if name in ("int8", "int8-mixed") else parity.INT8_WEIGHTS_TOLERANCE
 
 
 def _key(engine: _Engine) -> str:
@@ -339,27 +347,36 @@ def _spare(
     guard: _Guard,
     maker: _Maker,
     folder: Path,
-    worst: Sequence[str],
-    int8: Variant,
+    variants: list[Variant],
+    blobs: np.ndarray,
     max_drop: float,
-    progress: Callable[[str, int, int], None],
-) -> tuple[Variant, list[dict[str, Any]]]:
-    """int8 with the worst layers in float, as few as hold the guard; and the way there, a row a step.
+    progress: Progress,
+) -> tuple[tuple[sensitivity.Sensitivity, ...], list[dict[str, Any]]]:
+    """Where int8, the last variant, lost too much: adds int8 with the worst layers in float, as few as hold the guard.
 
-    The last variant, also where none holds it: then int8 is no longer faster, or hardly any layer is left.
+    Also where none holds it: then int8 is no longer faster, or hardly any layer is left. → the layers, the worst first,
+    and the way there, a row a step; both empty where int8 was good enough, or does not run at all.
     """
-    fp32 = guard.folder.onnx
-    engine = guard.engines[0]
-    curve = [_step(int8, _ratio(guard, engine, fp32, folder / int8.file), "")]
-    mixed = int8
-    for count in (count for count in SPARED if count < len(worst)):
-        spared = worst[:count]
+    int8 = variants[-1]
+    if int8.is_within(max_drop) or any(row.status != "ok" for row in int8.figures):
+        return (), []
+    ranking = sensitivity.rank(
+        maker.model,
+        maker.weights,
+        maker.ranges,
+        [blob[None] for blob in blobs],
+        progress=lambda done, total: progress("ranking the layers", done, total),
+    )
+    mixed, curve = int8, [_step(int8, _ratio(guard, folder / int8.file), "")]
+    for count in (count for count in SPARED if count < len(ranking)):
+        spared = [row.layer for row in ranking[:count]]
         mixed = _measure(guard, "int8-mixed", maker.write(folder / "int8-mixed.onnx", spared), spared, progress)
-        ratio = _ratio(guard, engine, fp32, folder / mixed.file)
+        ratio = _ratio(guard, folder / mixed.file)
         curve.append(_step(mixed, ratio, spared[-1]))
         if mixed.is_within(max_drop) or (ratio is not None and ratio > PAYS):
             break
-    return mixed, curve
+    variants.append(mixed)
+    return ranking, curve
 
 
 def _step(variant: Variant, ratio: float | None, last: str) -> dict[str, Any]:
@@ -372,12 +389,12 @@ def _step(variant: Variant, ratio: float | None, last: str) -> dict[str, Any]:
     }
 
 
-def _ratio(guard: _Guard, engine: _Engine, fp32: Path, path: Path) -> float | None:
+def _ratio(guard: _Guard, path: Path) -> float | None:
+    """A model's time / fp32's on the target's first engine; None where that cannot be measured here."""
     if not guard.times:
         return None
-    turns = take_turns(
-        engine.opencv, engine.name, [fp32, path], guard.blobs[:1], seconds=SECONDS / 2, threads=guard.threads
-    )
+    engine, models = guard.engines[0], [guard.folder.onnx, path]
+    turns = take_turns(engine.opencv, engine.name, models, guard.blobs[:1], seconds=SECONDS / 2, threads=guard.threads)
     return turns.ratios[1] if turns else None
 
 
@@ -385,9 +402,7 @@ def _ratio(guard: _Guard, engine: _Engine, fp32: Path, path: Path) -> float | No
 # What is chosen
 
 
-def _timed(
-    guard: _Guard, variants: Sequence[Variant], folder: Path, progress: Callable[[str, int, int], None]
-) -> list[Variant]:
+def _timed(guard: _Guard, variants: Sequence[Variant], folder: Path, progress: Progress) -> list[Variant]:
     """The variants with their times, on each engine those that run there, all taking turns."""
     if not guard.times:
         return list(variants)
@@ -442,18 +457,13 @@ def _where(engine: _Engine) -> str:
 
 
 def _keep(folder: RunFolder, variants: Sequence[Variant], made: Path, max_drop: float) -> list[Variant]:
-    """Puts what is good into the run folder; int8 that lost too much is not kept, and an older one goes."""
-    final = variants[-1]
-    kept = {"fp32": folder.onnx.name, "int8-weights": folder.int8_weights.name}
-    if final.is_within(max_drop):
-        kept[final.name] = folder.int8.name
-        _place(made / final.file, folder.int8)
-    else:
-        folder.int8.unlink(missing_ok=True)
-    _place(made / variants[1].file, folder.int8_weights)
-    return [replace(variant, file=kept.get(variant.name, "")) for variant in variants]
-
-
-def _place(made: Path, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(made.read_bytes())
+    """Puts what the guard let pass into the run folder; what an earlier call left there goes."""
+    places = {variants[0].name: folder.onnx, variants[1].name: folder.int8_weights, variants[-1].name: folder.int8}
+    for variant in variants[1:]:
+        path = places.get(variant.name)
+        if path and variant.is_within(max_drop):
+            write_bytes(path, (made / variant.file).read_bytes())
+        elif path:
+            path.unlink(missing_ok=True)
+            del places[variant.name]
+    return [replace(variant, file=places[variant.name].name if variant.name in places else "") for variant in variants]

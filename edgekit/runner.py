@@ -537,8 +537,8 @@ class Model:
             return
         faulty = self.session.engine == "new" and "avx_vnni" in _cpuinfo().split()
         known = (
-            " OpenCV 5.0's int8 is known to be wrong on CPUs with AVX-VNNI, as this one: OPENCV_CPU_DISABLE=AVX_VNNI in "
-            "the environment avoids it, and is slow."
+            " OpenCV 5.0's int8 is known to be wrong on CPUs with AVX-VNNI, as this one: OPENCV_CPU_DISABLE=AVX_VNNI "
+            "in the environment avoids it, and is slow."
         )
         raise RunnerError(
             f"this int8 network is computed wrongly here ({row['reason']}; OpenCV {cv2.__version__}, "

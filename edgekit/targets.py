@@ -19,6 +19,7 @@ if sys.version_info >= (3, 11):
 else:  # Python 3.10
     import tomli as tomllib
 
+PRECISIONS = ("auto", "fp32", "int8", "int8-weights")  # what a bundle may be asked for
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Range = Annotated[str, Field(pattern=r"^(>=|<=|==|!=|~=|>|<)\d+(\.\d+)*(,(>=|<=|==|!=|~=|>|<)\d+(\.\d+)*)*$")]
 Line = Annotated[str, Field(min_length=1, pattern=r"^[^\n\r]+$")]

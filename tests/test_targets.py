@@ -162,7 +162,7 @@ def test_every_missing_key_is_named(tmp_path: Path) -> None:
         ),
         ('backend = "openvino/cpu"', 'OpenVINO takes a model in the plain form: form = "plain"'),
         ('form = "ort"', "form: Input should be 'opencv5', 'opencv4', 'opencv4.6' or 'plain', got 'ort'"),
-        ('precision = "int4"', "precision: Input should be 'fp32', got 'int4'"),
+        ('precision = "int4"', "precision: Input should be 'fp32' or 'auto', got 'int4'"),
         ('python = "3.8"', "python: String should match pattern"),
         ('python = ">=3.8, <4"', "python: String should match pattern"),
     ],

@@ -16,6 +16,7 @@ from edgekit.int8.layers import Layer, layers
 Method = Literal["mse", "percentile", "minmax"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+
 BINS = 2048  # of a histogram; onnxruntime's and TensorRT's number
 PERCENTILE = 99.99
 LEVELS = 255  # steps of uint8
@@ -71,6 +72,11 @@ def calibrate(
         progress(total + number + 1, 2 * total)
     ranges = {name: _range(histograms[name], lows[name], highs[name], method) for name in sorted(names)}
     return Calibration(ranges, moments, total)
+
+
+def as_method(name: str) -> Method | None:
+    """The method of that name; None where there is none."""
+    return next((method for method in METHODS if method == name), None)
 
 
 def _float_values(model: ir.Model) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,7 @@ def _layer(node: ir.Node) -> Layer | None:
         return None
     shape = tuple(int(size) for size in constant.shape.numpy())
     is_conv, axis = node.op_type == "Conv", OUTPUT_AXIS[node.op_type]
-    if len(shape) != (4 if is_conv else 2) or node.attributes.get_int("transA", 0):
+    if len(shape) != (4 if is_conv else 2) or node.attributes.get_int("transA", 0) != 0:
         return None
     pads = node.attributes.get_ints("pads", (0, 0, 0, 0))
     return Layer(
@@ -64,7 +65,7 @@ def _layer(node: ir.Node) -> Layer | None:
         weights=str(weights.name) if weights else "",
         shape=shape,
         groups=node.attributes.get_int("group", 1),
-        output_axis=0 if node.attributes.get_int("transB", 0) else axis,
+        output_axis=0 if node.attributes.get_int("transB", 0) != 0 else axis,
         kernel=(shape[2], shape[3]) if is_conv else (1, 1),
         strides=_pair(node.attributes.get_ints("strides", (1, 1))),
         dilations=_pair(node.attributes.get_ints("dilations", (1, 1))),
@@ -72,9 +73,8 @@ def _layer(node: ir.Node) -> Layer | None:
     )
 
 
-def _pair(values: object) -> tuple[int, int]:
-    first, second = values  # type: ignore[misc]
-    return int(first), int(second)
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return int(values[0]), int(values[1])
 
 
 def constant(model: ir.Model, name: str) -> np.ndarray:
