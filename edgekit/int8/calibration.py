@@ -91,6 +91,7 @@ class _Network:
     def __init__(self, model: ir.Model, names: Iterable[str]) -> None:
         proto = ir.to_proto(model)
         self._input = proto.graph.input[0].name
+        self._wants_input = self._input in names
         self._names = sorted(set(names) - {self._input})
         have = {output.name for output in proto.graph.output}
         new = (name for name in self._names if name not in have)
@@ -101,8 +102,10 @@ class _Network:
 
     def run(self, blobs: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         for blob in blobs:
-            arrays = self._session.run(self._names, {self._input: blob})
-            yield {**dict(zip(self._names, arrays, strict=True)), self._input: blob}
+            # no names would mean all outputs
+            arrays = self._session.run(self._names, {self._input: blob}) if self._names else []
+            own = {self._input: blob} if self._wants_input else {}
+            yield {**dict(zip(self._names, arrays, strict=True)), **own}
 
 
 def session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
