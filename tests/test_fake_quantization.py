@@ -103,7 +103,9 @@ def test_zero_is_exact_whatever_the_range() -> None:
     for offset in (5.0, -5.0, 0.37):
         layer = nn.Linear(64, 1)
         fake_quantize(layer)
-        layer.train()(normal(8, 64) + offset)
+        inputs = normal(8, 64) + offset
+        layer.train()(inputs)
+        assert range_of(layer) == [min(0.0, float(inputs.min())), max(0.0, float(inputs.max()))]
         assert torch.equal(layer.eval()(torch.zeros(1, 64))[0], layer.bias)
 
 
