@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from edgekit.compiling import Plan
     from edgekit.datasets import Dataset
     from edgekit.doctor import Finding
+    from edgekit.finetune import Finetuned
     from edgekit.pipeline import Outcome
     from edgekit.progress import Display
     from edgekit.recipe import Recipe
@@ -164,6 +165,10 @@ def finetune(
     ] = "",
     recipe: Annotated[Path | None, typer.Option(help="A recipe.toml, as init writes it.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this interrupted run.")] = None,
+    qat: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Train this finished run on with int8's rounding; makes runs/NAME-qat."),
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the run folder.")] = "",
     backbone: Annotated[str, typer.Option(help="See `edgekit backbones`.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Start from this .safetensors or .pth file.")] = None,
@@ -183,6 +188,10 @@ def finetune(
 
     Defaults are good: just give DATA. First the new head learns, then the last stages of the pretrained backbone.
     Ctrl-C keeps what was reached.
+
+    Where int8 costs a run too much accuracy, --qat RUN trains it on for a few epochs while every layer computes with
+    int8's rounding, so that the weights learn to bear it (quantization-aware training). The top-1 shown is then the
+    rounded network's; only --epochs, --learning-rate, --batch-size, --seed, --device, --name and --runs go with it.
     """
     changes = {
         ("name",): name,
@@ -199,9 +208,14 @@ def finetune(
     }
     given = {key: value for key, value in changes.items() if value not in ("", None)}
     versions = _versions(opencv)
+    if qat and (given.keys() - _QAT_SETTINGS or recipe or resume or versions or skip_bad):
+        raise UsageError(
+            "--qat takes data, backbone and settings from its run: only --epochs, --learning-rate, --batch-size, "
+            "--seed, --device, --name and --runs go with it"
+        )
     if resume and (given or recipe or versions):
         raise UsageError("--resume continues a run as it was begun: give it alone, without DATA or other settings")
-    if not (resume or recipe or data):
+    if not (resume or recipe or data or qat):
         raise UsageError("nothing to train on: give DATA (an image folder or CSV), --recipe FILE or --resume RUN")
     from edgekit.progress import display
 
@@ -212,6 +226,8 @@ def finetune(
             from edgekit.finetune import resume as continue_run
 
             done = continue_run(resume, on_step=show.step, on_epoch=show.epoch)
+    elif qat:
+        done = _finetune_qat(qat, given, runs)
     else:
         chosen, dataset = _plan(recipe, given, skip_bad)
         with display() as show:
@@ -225,7 +241,25 @@ def finetune(
         return
     early = " (stopped early: nothing better came)" if done.stopped_early else ""
     typer.echo(f"best: top-1 {100 * done.best.val_top1:.2f} % in epoch {done.best.epoch} of {len(done.history)}{early}")
-    typer.echo(f"next: edgekit bundle {done.run}")
+    typer.echo(f"next: edgekit {'quantize' if qat else 'bundle'} {done.run}")
+
+
+_QAT_SETTINGS = {("name",), *(("train", key) for key in ("epochs", "learning_rate", "batch_size", "seed", "device"))}
+
+
+def _finetune_qat(source: Path, given: dict[tuple[str, ...], Any], runs: Path) -> Finetuned:
+    """Continues from a finished run quantization-aware, with the command line's changes."""
+    from edgekit.artifacts import open_run
+    from edgekit.progress import display
+    from edgekit.recipe import qat_recipe
+
+    run = open_run(source)
+    recipe = _changed(qat_recipe(run.read_recipe(), run.weights), given, "the options")
+    with display() as show:
+        show.busy(LOADING)
+        from edgekit.finetune import finetune_qat as stage
+
+        return stage(source, recipe, runs, on_step=show.step, on_epoch=show.epoch)
 
 
 def _versions(text: str) -> tuple[str, ...]:
@@ -235,18 +269,25 @@ def _versions(text: str) -> tuple[str, ...]:
 
 def _plan(file: Path | None, changes: dict[tuple[str, ...], Any], skip_bad: bool) -> tuple[Recipe, Dataset]:
     """The recipe file (or what suits the data) with the command line's changes on top, and the data."""
-    from edgekit.recipe import make_recipe, read_recipe, suggest
+    from edgekit.recipe import read_recipe, suggest
 
     base = read_recipe(file) if file else suggest(changes[("data", "path")], ())
-    raw = base.model_dump(mode="json")
-    for key, value in changes.items():
-        section = raw if len(key) == 1 else raw[key[0]]
-        section[key[-1]] = value
-    recipe = make_recipe(raw, origin=str(file) if file else "the options")
+    recipe = _changed(base, changes, str(file) if file else "the options")
     dataset = _read_data(recipe, skip_bad)
     if file is None:
         recipe = recipe.model_copy(update={"augment": suggest(recipe.data.path, dataset.class_names).augment})
     return recipe, dataset
+
+
+def _changed(base: Recipe, changes: dict[tuple[str, ...], Any], origin: str) -> Recipe:
+    """The recipe with the command line's changes on top. Raises ConfigError, naming `origin`, where one is wrong."""
+    from edgekit.recipe import make_recipe
+
+    raw = base.model_dump(mode="json")
+    for key, value in changes.items():
+        section = raw if len(key) == 1 else raw[key[0]]
+        section[key[-1]] = value
+    return make_recipe(raw, origin=origin)
 
 
 def _read_data(recipe: Recipe, skip_bad: bool) -> Dataset:

@@ -3,6 +3,9 @@
 First the new head learns while the backbone is frozen, then the head and the backbone's last stages learn together.
 Every epoch's randomness comes from (seed, epoch) alone, and the state that an epoch ends with is saved whole, so a
 run that is interrupted (Ctrl-C, kill -9, power) and resumed ends with the weights of one that was not.
+
+A quantization-aware run (`finetune_qat`) is a run like any other, but that it starts from a whole trained network and
+trains, and validates, with the rounding of int8 in it.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +30,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm import optim
 
-from edgekit import backbones, runner
+from edgekit import backbones, fake_quantization, runner
 from edgekit.artifacts import (
     RunFolder,
+    open_run,
     replacing_folder,
     unused_name,
     write_bytes,
@@ -127,9 +133,38 @@ def finetune(
         resize=recipe.preprocess.resize,
         interpolation=recipe.preprocess.interpolation,
     )
-    model = TASKS[recipe.task].build(recipe, dataset.class_names, pretrained=True)
+    model = _start(recipe, dataset.class_names)
     preflight(recipe.model.backbone, model, spec, [dataset.train[0].path, dataset.val[0].path], opencv)
-    run = _new_run(recipe, dataset, spec, runs)
+    if recipe.train.qat:
+        fake_quantization.fake_quantize(model)
+    name = f"{dataset.root.name}-{recipe.model.backbone.replace(':', '-')}"
+    check_images = [sample.path for sample in _check_samples(dataset)]
+    run = _new_run(recipe, runs, name, dataset, spec, check_images)
+    return _train(_Job(run, run.read_recipe(), spec, dataset, on_step, on_epoch), model, [], {})
+
+
+def finetune_qat(
+    source: Path,
+    recipe: Recipe,
+    runs: Path = Path("runs"),
+    *,
+    on_step: Callable[[Step], None] = lambda step: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> Finetuned:
+    """Continues from a finished run, quantization-aware, and leaves a new run folder under `runs`.
+
+    recipe: as `recipe.qat_recipe` makes it from the source's. The folder is `recipe.name`, or the source's name and
+    "-qat"; an existing one is never overwritten. The source is only read: its split, its spec and its check images
+    are the new run's, and its network, head included, is where training starts. Raises ArtifactError, ConfigError,
+    DataError or SetupError before training; EdgekitError when the loss stops being a number.
+    """
+    folder = open_run(source)
+    _fabric(recipe)
+    spec, dataset, check_images = folder.read_spec(), _present_split(folder), folder.check_images()
+    torch.manual_seed(recipe.train.seed)
+    model = _start(recipe, spec.class_names)
+    fake_quantization.fake_quantize(model)
+    run = _new_run(recipe, runs, f"{folder.name}-qat", dataset, spec, check_images)
     return _train(_Job(run, run.read_recipe(), spec, dataset, on_step, on_epoch), model, [], {})
 
 
@@ -146,24 +181,56 @@ def resume(
     run = RunFolder(path)
     if not run.recipe.is_file():
         raise ArtifactError(f"no run folder at {path}: start one with `edgekit finetune DATA`")
-    recipe, spec, dataset = run.read_recipe(), run.read_spec(), read_split(run.split)
-    gone = missing((*dataset.train, *dataset.val))
-    if gone:
-        raise DataError(f"{len(gone)} images of this run are no longer there, such as {gone[0]}: put them back")
+    recipe, spec, dataset = run.read_recipe(), run.read_spec(), _present_split(run)
     torch.manual_seed(recipe.train.seed)
-    fresh = not run.state.is_file()  # interrupted in its first epoch
-    model = TASKS[recipe.task].build(recipe, spec.class_names, pretrained=fresh)
-    history, tensors = ([], {}) if fresh else _read_state(run.state)
+    if run.state.is_file():
+        model = TASKS[recipe.task].build(recipe, spec.class_names, pretrained=False)
+        history, tensors = _read_state(run.state)
+    else:  # interrupted in its first epoch
+        model = _start(recipe, spec.class_names)
+        history, tensors = [], {}
+    if recipe.train.qat:
+        fake_quantization.fake_quantize(model)
     if history:
         model.load_state_dict({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")})
     return _train(_Job(run, recipe, spec, dataset, on_step, on_epoch), model, history, tensors)
 
 
+def _start(recipe: Recipe, class_names: Sequence[str]) -> torch.nn.Module:
+    """The network that training starts from: with a new head, but for a quantization-aware run a whole trained one."""
+    if not recipe.train.qat:
+        model: torch.nn.Module = TASKS[recipe.task].build(recipe, class_names, pretrained=True)
+        return model
+    if not recipe.model.weights:
+        raise ConfigError("train.qat continues from a trained network: use `edgekit finetune --qat RUN`")
+    model = TASKS[recipe.task].build(recipe, class_names, pretrained=False)
+    try:
+        model.load_state_dict(backbones.read_weights(Path(recipe.model.weights)))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{recipe.model.weights} is not a trained {recipe.model.backbone} for these {len(class_names)} classes "
+            f"({reason}): use `edgekit finetune --qat RUN`, which takes all from the run"
+        ) from None
+    return model
+
+
 # The run folder -------------------------------------------------------------------------------------------------
 
 
-def _new_run(recipe: Recipe, dataset: Dataset, spec: runner.Spec, runs: Path) -> RunFolder:
-    name = recipe.name or f"{dataset.root.name}-{recipe.model.backbone.replace(':', '-')}"
+def _present_split(run: RunFolder) -> Dataset:
+    """The run's images. Raises DataError where some are no longer there."""
+    dataset = read_split(run.split)
+    gone = missing((*dataset.train, *dataset.val))
+    if gone:
+        raise DataError(f"{len(gone)} images of this run are no longer there, such as {gone[0]}: put them back")
+    return dataset
+
+
+def _new_run(
+    recipe: Recipe, runs: Path, default_name: str, dataset: Dataset, spec: runner.Spec, check_images: Sequence[Path]
+) -> RunFolder:
+    name = recipe.name or default_name
     if recipe.name and (runs / name).exists():
         hint = f"continue it with `edgekit finetune --resume {runs / name}` or choose another --name"
         raise ArtifactError(f"{runs / name} exists already: {hint}")
@@ -177,8 +244,8 @@ def _new_run(recipe: Recipe, dataset: Dataset, spec: runner.Spec, runs: Path) ->
         write_json(run.spec, spec.to_dict())
         write_split(dataset, run.split)
         run.check.mkdir()
-        for number, sample in enumerate(_check_samples(dataset)):
-            shutil.copyfile(sample.path, run.check / f"{number:02d}{sample.path.suffix.lower()}")
+        for number, image in enumerate(check_images):
+            shutil.copyfile(image, run.check / f"{number:02d}{image.suffix.lower()}")
     return RunFolder(path)
 
 
@@ -206,16 +273,18 @@ def _history_csv(history: Sequence[Epoch]) -> str:
 
 def _save_epoch(run: RunFolder, history: list[Epoch], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     # The weights first: if the power goes before the state is there, the epoch is repeated and gives them again.
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if best_epoch(history) is history[-1]:
-        write_bytes(run.weights, save(weights))
-    tensors = {f"model.{key}": value for key, value in weights.items()}
+        write_bytes(run.weights, save(_on_cpu(fake_quantization.plain_state(model))))
+    tensors = {f"model.{key}": value for key, value in _on_cpu(model.state_dict()).items()}
     for index, values in optimizer.state_dict()["state"].items():
-        # channels_last moments are not contiguous, and safetensors keeps values, not strides
-        kept = {key: torch.as_tensor(value).cpu().contiguous() for key, value in values.items()}
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in kept.items()}
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in _on_cpu(values).items()}
     write_bytes(run.state, save(tensors, {"history": json.dumps([asdict(row) for row in history])}))
     write_text(run.history, _history_csv(history))
+
+
+def _on_cpu(values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    # channels_last tensors are not contiguous, and safetensors keeps values, not strides
+    return {key: torch.as_tensor(value).detach().cpu().contiguous() for key, value in values.items()}
 
 
 def _read_state(path: Path) -> tuple[list[Epoch], dict[str, torch.Tensor]]:
@@ -284,7 +353,23 @@ def _fabric(recipe: Recipe) -> Fabric:
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bfloat16" if _computes_bfloat16(accelerator) else "float32"
-    return Fabric(accelerator=accelerator, devices=1, precision="bf16-mixed" if precision == "bfloat16" else "32-true")
+    if recipe.train.qat:
+        precision = "float32"  # bfloat16's own rounding is as coarse as the one to be learnt
+    with _quiet():
+        is_mixed = precision == "bfloat16"
+        return Fabric(accelerator=accelerator, devices=1, precision="bf16-mixed" if is_mixed else "32-true")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Fabric's remark about its precision, which the recipe says, off the user's terminal."""
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    try:
+        logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _computes_bfloat16(accelerator: str) -> bool:
@@ -344,6 +429,8 @@ def _epoch(job: _Job, phase: _Phase, place: Step, done: int, fabric: Fabric, mod
     module.eval()  # frozen BatchNorms keep the statistics that their weights were trained with
     for part in _learning(recipe, phase, module.module):
         part.train()
+    if recipe.train.qat:
+        fake_quantization.training_mode(module.module)
     start, seen, loss_sum, rate = time.perf_counter(), 0, 0.0, 0.0
     stream = batches(job.dataset.train, spec, recipe.train.batch_size, augment=recipe.augment, seed=seed)
     for step, batch in enumerate(stream, start=1):
@@ -394,7 +481,8 @@ def _validate(
 ) -> tuple[float, float]:
     """→ the mean loss and the share of images whose best answer is their label, on whole, unaugmented images.
 
-    model: without Fabric around it, so in float32, as it will be exported, whatever it is trained in.
+    model: without Fabric around it, so in float32, as it will be exported, whatever it is trained in; where it is
+    fake-quantized, the figures are the quantized network's, and so is the choice of the best epoch.
     """
     task = TASKS[recipe.task]
     model.eval()

@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:  # Python 3.10
     import tomli as tomllib
 
+QAT_EPOCHS = 3
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -105,6 +107,11 @@ class Train(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it, else float32."
     )
+    qat: bool = Field(
+        False,
+        description="Train a finished run's network (model.weights) with int8's rounding, in float32: "
+        "`edgekit finetune --qat RUN`.",
+    )
 
 
 class Export(_Section):
@@ -132,6 +139,29 @@ def suggest(data_path: str, class_names: Sequence[str]) -> Recipe:
     """The defaults, but no mirroring where the class names say that left and right matter."""
     sided = any("left" in name.lower() or "right" in name.lower() or len(name) == 1 for name in class_names)
     return Recipe(data=Data(path=data_path), augment=Augment(horizontal_flip=0.0) if sided else Augment())
+
+
+def qat_recipe(source: Recipe, weights: Path) -> Recipe:
+    """A finished run's recipe → that of a run which continues from it quantization-aware; without a name.
+
+    weights: the finished run's. A few epochs of the whole network at a tenth of the rate: the weights are good, and
+    only have to find values near by that round well.
+    """
+    train = {
+        "qat": True,
+        "head_epochs": 0,
+        "epochs": QAT_EPOCHS,
+        "unfrozen_fraction": 1.0,
+        "learning_rate": source.train.learning_rate / 10,
+        "precision": "float32",
+    }
+    return source.model_copy(
+        update={
+            "name": "",
+            "model": source.model.model_copy(update={"weights": str(weights.absolute())}),
+            "train": source.train.model_copy(update=train),
+        }
+    )
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -165,6 +165,13 @@ BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     ("an input size that is too small", lambda f: ["finetune", good_data(f), "--image-size", "8"], "image-size|8"),
     ("--resume with other settings", lambda f: ["finetune", "--resume", f / "r", "--epochs", "3"], "--resume .*alone"),
     ("--resume of nothing", lambda f: ["finetune", "--resume", f / "r"], "no run folder"),
+    ("--qat with data", lambda f: ["finetune", good_data(f), "--qat", f / "r"], "--qat takes data.* only --epochs"),
+    ("--qat with a recipe", lambda f: ["finetune", "--qat", f / "r", "--recipe", f / "r.toml"], "--qat takes data"),
+    ("--qat with --resume", lambda f: ["finetune", "--qat", f / "r", "--resume", f / "r"], "--qat takes data"),
+    ("--qat with a backbone", lambda f: ["finetune", "--qat", f / "r", "--backbone", "resnet18"], "--qat takes data"),
+    ("--qat with OpenCVs", lambda f: ["finetune", "--qat", f / "r", "--opencv", "4.10"], "--qat takes data"),
+    ("--qat with --skip-bad", lambda f: ["finetune", "--qat", f / "r", "--skip-bad"], "--qat takes data"),
+    ("--qat of nothing", lambda f: ["finetune", "--qat", f / "r", "--epochs", "1"], "no run folder at"),
     ("weights of another network", weights_of_another_net, "does not fit"),
     ("a weights file that is none", weights_not_weights, "notes.pth"),
     (
@@ -367,6 +374,29 @@ def test_backbones_measured(tmp_path: Path) -> None:
     assert latency["median_ms"] > 0
     assert latency["runs"] >= 10
     assert set(latency) == {"median_ms", "runs", "engine", "opencv", "threads", "cpu", "failure"}
+
+
+def test_qat_by_hand(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its options reach the new run's recipe; progress as for any run; the last line says what comes next."""
+    from edgekit.artifacts import RunFolder
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--epochs", "1", "--learning-rate", "0.00002", "--batch-size", "48", "--seed", "5", "--device", "cpu"]
+    words += ["--name", "mine", "--runs", "elsewhere"]
+    monkeypatch.setattr(sys, "argv", ["edgekit", "finetune", "--qat", str(finished_run), *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    captured = capfd.readouterr()
+    assert ended.value.code == 0, captured.err
+    run = Path("elsewhere", "mine")
+    assert captured.out.splitlines()[-1] == f"next: edgekit quantize {run}"
+    assert re.search(r"^ +epoch +1 stages .* top-1 [\d.]+ %", captured.err, re.MULTILINE)
+    train = RunFolder(run).read_recipe().train
+    assert (train.qat, train.epochs, train.learning_rate, train.batch_size, train.seed, train.device) == (
+        *(True, 1, 0.00002, 48, 5, "cpu"),
+    )
 
 
 @pytest.mark.slow

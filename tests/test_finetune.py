@@ -1,4 +1,5 @@
 import csv
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
 from edgekit import runner, tasks
@@ -18,8 +20,10 @@ from edgekit.batches import batches
 from edgekit.datasets import read_dataset, read_split
 from edgekit.demo import digits_recipe
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted
-from edgekit.finetune import Epoch, Step, best_epoch, finetune, learning_rate, resume
-from edgekit.recipe import Recipe
+from edgekit.export import export
+from edgekit.fake_quantization import fake_quantize, plain_state
+from edgekit.finetune import Epoch, Step, best_epoch, finetune, finetune_qat, learning_rate, resume
+from edgekit.recipe import Recipe, qat_recipe
 
 
 def small(digits: Path, name: str, **train: object) -> Recipe:
@@ -109,6 +113,145 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(
         assert all(torch.equal(one[key], other[key]) for key in one), name
     again = resume(tmp_path / "broken", on_epoch=epochs.append)
     assert again.best.epoch == resumed.best.epoch and len(epochs) == 1
+
+
+# Quantization-aware runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quick finished run, of a network with squeeze-and-excitation."""
+    return finetune(small(digits, "source"), read_dataset(digits), tmp_path_factory.mktemp("source")).run
+
+
+def qat(source: Path, name: str = "", **train: object) -> Recipe:
+    run = RunFolder(source)
+    recipe = qat_recipe(run.read_recipe(), run.weights)
+    return recipe.model_copy(update={"name": name, "train": recipe.train.model_copy(update=train)})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights and the same state, bit for bit; NaN (a range that no batch has set) equals NaN."""
+    for name in ("model.safetensors", "state/last.safetensors"):
+        left, right = load_file(one / name), load_file(other / name)
+        assert left.keys() == right.keys()
+        assert all(torch.allclose(left[key], right[key], rtol=0, atol=0, equal_nan=True) for key in left), name
+
+
+def test_a_qat_run_is_a_run_like_any_other(finished_run: Path, tmp_path: Path) -> None:
+    before = contents(finished_run)
+    done = finetune_qat(finished_run, qat(finished_run, epochs=2), tmp_path)
+    assert contents(finished_run) == before, "the source was changed"
+    assert done.run == tmp_path / "digits-qat"
+    made, source_run, run = contents(done.run), RunFolder(finished_run), RunFolder(done.run)
+    same = ["spec.json", "split.csv", *(name for name in before if name.startswith("check"))]
+    assert len(same) == 10 and {name: made[name] for name in same} == {name: before[name] for name in same}
+    assert set(made) == {*same, "recipe.toml", "history.csv", "model.safetensors", "state/last.safetensors"}
+    assert [(epoch.epoch, epoch.phase) for epoch in done.history] == [(1, "stages"), (2, "stages")]
+    recipe = run.read_recipe()
+    assert (recipe.name, recipe.model.weights) == ("digits-qat", str(source_run.weights))
+    trained, kept = load_file(run.weights), load_file(source_run.weights)
+    assert trained.keys() == kept.keys()
+    moved = {key for key in kept if not torch.equal(trained[key], kept[key])}
+    assert {key for key in kept if kept[key].dim() > 1} <= moved, "some weights did not learn"
+    assert not [key for key in moved if key.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    again = finetune_qat(finished_run, qat(finished_run, epochs=1), tmp_path)
+    assert again.run == tmp_path / "digits-qat-2" and contents(done.run) == made
+    assert export(done.run).model.is_file()
+
+
+def test_a_qat_run_starts_from_the_whole_trained_network(finished_run: Path, tmp_path: Path) -> None:
+    """At a rate that moves nothing: the weights are the source's, the classifier too; only the rounding is new."""
+    done = finetune_qat(finished_run, qat(finished_run, epochs=1, learning_rate=1e-30, weight_decay=0.0), tmp_path)
+    start, end = load_file(finished_run / "model.safetensors"), load_file(done.run / "model.safetensors")
+    assert all(torch.equal(start[key], end[key]) for key in start)
+    with (finished_run / "history.csv").open() as stream:
+        float_top1 = max(float(row["val_top1"]) for row in csv.DictReader(stream))
+    assert done.best.val_top1 == pytest.approx(float_top1, abs=0.1)
+
+
+def test_the_history_of_a_qat_run_is_the_quantized_network(finished_run: Path, tmp_path: Path) -> None:
+    """Its loss is that of the saved state with the rounding, and not that of the same weights without it."""
+    done = finetune_qat(finished_run, qat(finished_run, epochs=1), tmp_path)
+    run = RunFolder(done.run)
+    recipe, spec = run.read_recipe(), run.read_spec()
+    state = load_file(run.state)
+    plain = tasks.load(run)
+    rounded = tasks.load(run)
+    fake_quantize(rounded)
+    rounded.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in plain_state(rounded).items())
+    losses = []
+    for model in (plain, rounded.eval()):
+        (batch,) = batches(read_split(run.split).val, spec, 1000)
+        logits = torch.from_numpy(tasks.forward(model, runner.normalize(batch.images, spec))["logits"])
+        losses.append(float(tasks.TASKS["classify"].loss(logits, torch.from_numpy(batch.labels), recipe)))
+    assert done.best.val_loss == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3 * losses[1]
+
+
+@pytest.mark.parametrize("stop_at", [(1, 3), (2, 2)], ids=["in the first epoch", "later"])
+def test_an_interrupted_qat_run_ends_with_the_weights_of_one_that_was_not(
+    source: Path, tmp_path: Path, stop_at: tuple[int, int]
+) -> None:
+    whole = finetune_qat(source, qat(source, "whole", epochs=2), tmp_path)
+
+    def stop(step: Step) -> None:
+        if (step.epoch, step.step) == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"[01] of 2 epochs are kept; continue with .*--resume .*broken"):
+        finetune_qat(source, qat(source, "broken", epochs=2), tmp_path, on_step=stop)
+    resumed = resume(tmp_path / "broken")
+    assert [(r.epoch, r.val_loss, r.train_loss) for r in resumed.history] == [
+        (r.epoch, r.val_loss, r.train_loss) for r in whole.history
+    ]
+    assert_same_run(whole.run, resumed.run)
+    ranges = [v for k, v in load_file(resumed.run / "state/last.safetensors").items() if k.endswith(".range")]
+    assert len(ranges) > 20 and all((low <= 0 <= high) and low < high for low, high in ranges)
+
+
+def test_a_qat_run_can_be_repeated_from_its_recipe(source: Path, digits: Path, tmp_path: Path) -> None:
+    """As `finetune --recipe` gets it."""
+    done = finetune_qat(source, qat(source, "one", epochs=1), tmp_path)
+    recipe = RunFolder(done.run).read_recipe().model_copy(update={"name": "two"})
+    assert_same_run(done.run, finetune(recipe, read_dataset(digits), tmp_path).run)
+
+
+def test_qat_of_what_cannot_be_continued(source: Path, digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no run folder at"):
+        finetune_qat(tmp_path / "none", qat(source), tmp_path)
+    with pytest.raises(ArtifactError, match=r"mine exists already: .*choose another --name"):
+        (tmp_path / "mine").mkdir()
+        finetune_qat(source, qat(source, "mine"), tmp_path)
+    with pytest.raises(ConfigError, match=r"train.qat continues from a trained network: use .*--qat RUN"):
+        finetune(small(digits, "no-weights", qat=True), read_dataset(digits), tmp_path)
+    other = qat(source)
+    other = other.model_copy(update={"model": other.model.model_copy(update={"backbone": "lcnet_050"})})
+    with pytest.raises(ConfigError, match="is not a trained lcnet_050 for these 10 classes"):
+        finetune_qat(source, other, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"mine"}
+
+
+def test_training_in_bfloat16_says_nothing(digits: Path, tmp_path: Path) -> None:
+    """Fabric remarks on it every time it is made; the recipe says it already."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("lightning_fabric")
+    handler.emit = records.append  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    try:
+        Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+        assert len(records) == 1, "there is nothing to silence any more"
+        finetune(small(digits, "b", head_epochs=1, epochs=0, precision="bfloat16"), read_dataset(digits), tmp_path)
+    finally:
+        logger.removeHandler(handler)
+    assert len(records) == 1
+    assert logger.level == level
 
 
 @pytest.mark.slow

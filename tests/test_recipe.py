@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekit.errors import ConfigError
-from edgekit.recipe import Data, Recipe, Train, make_recipe, read_recipe, recipe_sha256, suggest, to_toml
+from edgekit.recipe import (
+    Data,
+    Model,
+    Recipe,
+    Train,
+    make_recipe,
+    qat_recipe,
+    read_recipe,
+    recipe_sha256,
+    suggest,
+    to_toml,
+)
 
 
 def test_only_the_data_is_needed() -> None:
@@ -84,3 +95,26 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
 )
 def test_mirroring_is_off_where_sides_matter(names: tuple[str, ...], flip: float) -> None:
     assert suggest("x", names).augment.horizontal_flip == flip
+
+
+def test_the_recipe_that_continues_a_run_quantization_aware(tmp_path: Path) -> None:
+    source = Recipe(
+        name="birds",
+        data=Data(path="photos"),
+        model=Model(backbone="resnet18", weights="old.pth", input_size=(96, 96)),
+        train=Train(head_epochs=2, epochs=9, learning_rate=2e-3, batch_size=16, seed=7, precision="bfloat16"),
+    )
+    assert qat_recipe(source, tmp_path / "model.safetensors") == Recipe(
+        data=Data(path="photos"),
+        model=Model(backbone="resnet18", weights=str(tmp_path / "model.safetensors"), input_size=(96, 96)),
+        train=Train(
+            qat=True,
+            head_epochs=0,
+            epochs=3,
+            unfrozen_fraction=1.0,
+            learning_rate=2e-4,
+            batch_size=16,
+            seed=7,
+            precision="float32",
+        ),
+    )
