@@ -34,13 +34,7 @@ from edgekit.cuda_layers import cpu_operators
 from edgekit.datasets import read_split
 from edgekit.errors import ArtifactError, ParityError
 from edgekit.launch import run_py
-from edgekit.parity import (
-    INT8_TOLERANCE,
-    INT8_WEIGHTS_TOLERANCE,
-    OTHER_PIXELS_TOLERANCE,
-    SIXTEEN_BIT_TOLERANCE,
-    reference,
-)
+from edgekit.parity import OTHER_PIXELS_TOLERANCE, SIXTEEN_BIT_TOLERANCE, reference
 from edgekit.recipe import recipe_sha256
 from edgekit.targets import Target
 
@@ -141,8 +135,7 @@ def _shipped(folder: RunFolder, target: Target, proof: dict[str, Any], precision
         {**row, "version": row["opencv"], "engine": f"opencv-{row['engine']}", "best_ms": row["median_ms"]}
         for row in made[-1]["figures"]
     ]
-    limit = {"int8": INT8_TOLERANCE, "int8-weights": INT8_WEIGHTS_TOLERANCE}[chosen]
-    return _Shipped(folder.path / made[-1]["file"], chosen, limit, _sorted(rows), why)
+    return _Shipped(folder.path / made[-1]["file"], chosen, made[-1]["tolerance"], _sorted(rows), why)
 
 
 def _write_check(folder: RunFolder, shipped: _Shipped, check: Path) -> None:

@@ -69,6 +69,7 @@ class Variant:
     size_bytes: int
     sha256: str
     float_layers: tuple[str, ...]
+    tolerance: float  # how far an engine may be from ONNX Runtime with it, as a share of an output's largest value
     figures: tuple[Figure, ...]
 
     def is_within(self, max_drop: float) -> bool:
@@ -148,7 +149,7 @@ def quantize(
             guard, maker, made, variants, runner.normalize(pixels[:RANKED], spec), max_drop, progress
         )
         variants = _timed(guard, variants, made, progress)
-        precision, why = _choice(variants, guard, max_drop)
+        precision, why = _choice(variants, max_drop)
         variants = _keep(folder, variants, made, max_drop)
     record = {
         "target": target.name,
@@ -291,14 +292,19 @@ def _guard(
 
 def _measure(guard: _Guard, name: str, path: Path, spared: Sequence[str], progress: Progress) -> Variant:
     """A variant's accuracy on every engine; fp32 comes first, the others are compared with it."""
+    reference = parity.reference(path, guard.blobs)
+    tolerance = parity.INT8_WEIGHTS_TOLERANCE
+    if name in ("int8", "int8-mixed"):
+        tolerance = parity.int8_tolerance(reference, parity.reference(guard.folder.onnx, guard.blobs))
     figures = []
     for engine in guard.engines:
         progress(f"{name} on OpenCV {engine.opencv.version}, {engine.name} engine: {len(guard.samples)} images", 0, 0)
-        figures.append(_figure(guard, engine, name, path))
-    return Variant(name, path.name, path.stat().st_size, runner.file_sha256(path), tuple(spared), tuple(figures))
+        figures.append(_figure(guard, engine, path, reference, tolerance))
+    digest = runner.file_sha256(path)
+    return Variant(name, path.name, path.stat().st_size, digest, tuple(spared), tolerance, tuple(figures))
 
 
-def _figure(guard: _Guard, engine: _Engine, name: str, path: Path) -> Figure:
+def _figure(guard: _Guard, engine: _Engine, path: Path, reference: runner.Outputs, tolerance: float) -> Figure:
     images = [sample.path for sample in guard.samples]
     run = parity.run_files(
         engine.opencv, engine.name, path, guard.folder.spec, images, timeout_s=GUARD_S + IMAGE_S * len(images)
@@ -306,37 +312,29 @@ def _figure(guard: _Guard, engine: _Engine, name: str, path: Path) -> Figure:
     figure = Figure(engine.opencv.version, engine.name, run.status, run.message, None, None, None, None, None)
     if run.status != "ok":
         return figure
-    fault = _fault(guard, path, run.arrays, _tolerance(name))
+    fault = _fault(run.arrays, reference, tolerance)
     if fault:
         return replace(figure, status="wrong", message=fault)
     labels = np.array([sample.label for sample in guard.samples])
-    expected = guard.expected.setdefault(_key(engine), run.arrays)
+    expected = guard.expected.setdefault(f"{engine.opencv.version} {engine.name}", run.arrays)
     metric, best = guard.task.metric(run.arrays, labels), guard.task.metric(expected, labels)
     return replace(
         figure, metric=metric, drop=100 * (best - metric), agreement=guard.task.agreement(run.arrays, expected)
     )
 
 
-def _tolerance(name: str) -> float:
-    """How far an engine may be from ONNX Runtime with a variant."""
-    return parity.INT8_TOLERANCE if name in ("int8", "int8-mixed") else parity.INT8_WEIGHTS_TOLERANCE
-
-
-def _key(engine: _Engine) -> str:
-    return f"{engine.opencv.version} {engine.name}"
-
-
-def _fault(guard: _Guard, path: Path, outputs: runner.Outputs, tolerance: float) -> str:
-    """What is wrong with an engine's outputs, beside ONNX Runtime's of the same file; "" where they agree.
+def _fault(outputs: runner.Outputs, reference: runner.Outputs, tolerance: float) -> str:
+    """What is wrong with an engine's outputs, beside ONNX Runtime's for the first images; "" where they agree.
 
     That the labels are right is not enough: a kernel that is wrong in a few pixels may cost little accuracy here, and
     much on other images (OpenCV 5.0 on CPUs with AVX-VNNI).
     """
-    expected = parity.reference(path, guard.blobs)
-    first = {name: array[: len(guard.blobs)] for name, array in outputs.items()}
-    errors = [parity.relative_errors(first.get(name), array).max() for name, array in expected.items()]
+    errors = [
+        parity.relative_errors(outputs[name][: len(array)] if name in outputs else None, array).max()
+        for name, array in reference.items()
+    ]
     worst = float(max(errors))
-    return "" if worst <= tolerance else f"differs by {worst:.2g} from ONNX Runtime; at most {tolerance:g} is allowed"
+    return "" if worst <= tolerance else f"differs by {worst:.2g} from ONNX Runtime; at most {tolerance:.2g} is allowed"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -422,11 +420,12 @@ def _timed(guard: _Guard, variants: Sequence[Variant], folder: Path, progress: P
     return [replace(variant, figures=tuple(rows)) for variant, rows in zip(variants, figures, strict=True)]
 
 
-def _choice(variants: Sequence[Variant], guard: _Guard, max_drop: float) -> tuple[str, str]:
+def _choice(variants: Sequence[Variant], max_drop: float) -> tuple[str, str]:
     """("fp32" or "int8", why, in a sentence) from measured variants; fp32 and int8-weights come first, int8 last."""
     int8 = variants[-1]
     small = f"int8 weights alone make the file {variants[0].size_bytes / variants[1].size_bytes:.1f} times smaller"
-    name = "int8" + (f" with {len(int8.float_layers)} layers in float" if int8.float_layers else "")
+    spared = len(int8.float_layers)
+    name = "int8" + (f" with {spared} layer{'s' * (spared > 1)} in float" if spared else "")
     broken = next((row for row in int8.figures if row.status != "ok"), None)
     if broken:
         where = f"OpenCV {broken.opencv}'s {broken.engine} engine"
@@ -435,25 +434,17 @@ def _choice(variants: Sequence[Variant], guard: _Guard, max_drop: float) -> tupl
     lost = f"loses {drop:.2f} points" if drop > 0 else "loses nothing"
     if drop > max_drop:
         return "fp32", f"{name} {lost}, and {max_drop:g} are allowed: shipping fp32; {small}"
-    times = [
-        (engine, row.time_ratio)
-        for engine, row in zip(guard.engines, int8.figures, strict=True)
-        if row.time_ratio is not None
-    ]
-    if not times:
+    times = [(row, row.time_ratio) for row in int8.figures if row.time_ratio is not None]
+    if len(times) < len(int8.figures):
         return "fp32", (
             f"{name} {lost}, but its speed on this target cannot be measured on {platform.machine()}: shipping fp32; "
             f"{small}"
         )
-    told = ", ".join(f"{ratio:.2f} of fp32's time on OpenCV {_where(engine)}" for engine, ratio in times)
+    told = ", ".join(f"{ratio:.2f} of fp32's time on OpenCV {row.opencv} ({row.engine})" for row, ratio in times)
     ratios = [ratio for _, ratio in times]
     if min(ratios) <= PAYS and max(ratios) <= SLOWED:
         return "int8", f"{name} {lost} and takes {told}: shipping int8"
     return "fp32", f"{name} {lost}, but takes {told}: shipping fp32; {small}"
-
-
-def _where(engine: _Engine) -> str:
-    return f"{engine.opencv.version} ({engine.name})"
 
 
 def _keep(folder: RunFolder, variants: Sequence[Variant], made: Path, max_drop: float) -> list[Variant]:

@@ -17,7 +17,7 @@ import onnx.parser
 import onnxruntime
 import pytest
 
-from edgekit import runner
+from edgekit import parity, runner
 from edgekit.errors import ParityError, SetupError
 from edgekit.parity import OpenCV, Verdict, compare, compare_files, describe, find_opencv, is_proved, require
 
@@ -375,3 +375,10 @@ def test_describe() -> None:
         "OpenCV 5.0.0, new engine: ok",
         "ONNX Runtime 1.22.0: raised, no kernel",
     ]
+
+
+def test_int8_is_allowed_one_and_a_half_times_its_own_error() -> None:
+    float32 = {"y": np.array([[1.0, -2.0], [4.0, 0.0]], np.float32)}
+    int8 = {"y": np.array([[1.0, -1.8], [4.2, 0.0]], np.float32)}  # off by 0.1 and 0.05 of the row's largest
+    assert parity.int8_tolerance(int8, float32) == pytest.approx(0.15)
+    assert parity.int8_tolerance(float32, float32) == 0.01
