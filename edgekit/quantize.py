@@ -211,15 +211,17 @@ def _pixels(samples: Sequence[Sample], spec: runner.Spec, count: int) -> np.ndar
 class _Maker:
     """The network, ready to be written in each form."""
 
-    model: ir.Model
+    model: ir.Model  # in the plain form: engines fuse integer layers as they are
     weights: Mapping[str, rounding.Rounded]
     ranges: scheme.Ranges
+    tuned: ir.Model  # in the target's form, for what computes in float
+    tuned_weights: Mapping[str, rounding.Rounded]
     is_integer: bool  # in ONNX Runtime's integer operators, which are what 4.x computes in int8
 
     def write(self, path: Path, spared: Sequence[str] | None) -> Path:
         """spared: the layers that stay in float; None: all of them, only the weights are int8."""
         if spared is None:
-            made = ir.to_proto(scheme.weight_only(self.model, self.weights))
+            made = ir.to_proto(scheme.weight_only(self.tuned, self.tuned_weights))
         elif self.is_integer:
             made = scheme.qoperator(self.model, self.weights, self.ranges, spared)
         else:
@@ -238,11 +240,12 @@ def _maker(
     per_channel: bool,
     progress: Progress,
 ) -> _Maker:
-    """Calibrates the trained network. It is in the plain form, whatever form fp32 takes for the target."""
+    """Calibrates the trained network and rounds its weights."""
     progress("loading the network", 0, 0)
     module = tasks.load(folder)
     names = tuple(tasks.forward(module, runner.normalize(pixels[:1], spec)))
-    model = ir.from_proto(lower(from_torch(module, spec.input_size, names), "plain"))
+    exported = from_torch(module, spec.input_size, names)
+    model, tuned = ir.from_proto(lower(exported, "plain")), ir.from_proto(lower(exported, target.form))
     is_integer = target.form.startswith("opencv4")
     calibrated = calibration.calibrate(
         model,
@@ -252,8 +255,10 @@ def _maker(
         progress=lambda done, total: progress("calibrating", done, total),
     )
     progress("rounding the weights", 0, 0)
-    weights = rounding.round_weights(model, calibrated.moments, per_channel=per_channel)
-    return _Maker(model, weights, calibrated.ranges, is_integer)
+    weights, tuned_weights = (
+        rounding.round_weights(each, calibrated.moments, per_channel=per_channel) for each in (model, tuned)
+    )
+    return _Maker(model, weights, calibrated.ranges, tuned, tuned_weights, is_integer)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -262,11 +262,22 @@ def test_weights_have_the_files_shapes_and_one_scale_an_output() -> None:
 
 def test_one_scale_a_layer_where_asked_for() -> None:
     net = two_layers()
-    found = round_weights(net, {}, per_channel=False)
+    found = round_weights(net, calibrate(net, blobs()).moments, per_channel=False)
     for layer in layers(net):
         weights, row = constant(net, layer.weights), found[layer.name]
         assert len(set(row.scales.tolist())) == 1
         assert np.abs(row.to_float() - weights).max() <= 0.5001 * row.scales[0]
+
+
+def test_moments_of_another_form_serve_and_what_they_do_not_know_is_left_out() -> None:
+    net = two_layers()
+    moments = dict(calibrate(net, blobs()).moments)
+    scaled = {name: array / 36 for name, array in moments.items()}  # the layers read a sixth there
+    for name, row in round_weights(net, moments).items():
+        np.testing.assert_array_equal(round_weights(net, scaled)[name].integers, row.integers)
+    del moments["first"]
+    moments["last"] = np.eye(3)[None]
+    assert round_weights(net, moments).keys() == {"second"}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -39,13 +39,17 @@ class Rounded:
 def round_weights(
     model: ir.Model, moments: Mapping[str, np.ndarray], *, per_channel: bool = True
 ) -> dict[str, Rounded]:
-    """{layer's name: its weights} for every layer of a float network; moments as `calibrate` finds them.
+    """{layer's name: its weights} for the layers of a float network; moments as `calibrate` finds them.
 
-    per_channel: False rounds to the nearest step of one scale for the whole layer, as careless tools do.
+    They may be of the same network in another form: what matters is how taps go together, not how large they are. A
+    layer that has none there, or others, is left out. per_channel: False rounds to the nearest step of one scale for
+    the whole layer, as careless tools do.
     """
     found = {}
     for layer in layers(model):
         matrix = layer.to_matrix(constant(model, layer.weights))
+        if layer.name not in moments or moments[layer.name].shape[:2] != (matrix.shape[0], matrix.shape[2]):
+            continue
         integers, scales = round_matrix(matrix, moments[layer.name]) if per_channel else _one_scale(matrix)
         found[layer.name] = Rounded(layer.from_matrix(integers), scales.ravel(), layer.output_axis)
     return found
