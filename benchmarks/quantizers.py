@@ -386,9 +386,17 @@ def spare(network: Network, folder: Path, seconds: float) -> None:
         print_row(count, *figures, f"{100 * overall:.1f}", "-" if ratio is None else f"{ratio:.2f}", last)
     print()
     for place, kind in enumerate([*network.tests, "all"]):
-        enough = [count for count, agreements in zip(counts, table, strict=True) if agreements[place] >= ENOUGH]
-        told = f"from {enough[0]} float layers on" if enough else "not reached"
-        print(f"{kind}: {ENOUGH:.0%} agreement {told}")
+        print(f"{kind}: {reached(dict(zip(counts, [row[place] for row in table], strict=True)))}")
+
+
+def reached(agreements: Mapping[int, float]) -> str:
+    """With how many float layers it is ENOUGH, and whether it stays so: of a hundred images, three are chance."""
+    enough = [count for count, agreement in agreements.items() if agreement >= ENOUGH]
+    if not enough:
+        return f"{ENOUGH:.0%} agreement is not reached"
+    below = [count for count in agreements if count > enough[0] and count not in enough]
+    lost = f", but not with {', '.join(map(str, below))}" if below else ", and with all more"
+    return f"{ENOUGH:.0%} agreement with {enough[0]} float layers{lost}"
 
 
 def time_ratios(paths: Sequence[Path], blob: np.ndarray, seconds: float) -> list[float | None]:
