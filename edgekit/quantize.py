@@ -254,9 +254,14 @@ def _maker(
         every_value=is_integer,
         progress=lambda done, total: progress("calibrating", done, total),
     )
-    progress("rounding the weights", 0, 0)
     weights, tuned_weights = (
-        rounding.round_weights(each, calibrated.moments, per_channel=per_channel) for each in (model, tuned)
+        rounding.round_weights(
+            each,
+            calibrated.moments,
+            per_channel=per_channel,
+            progress=lambda done, total: progress("rounding the weights", done, total),
+        )
+        for each in (model, tuned)
     )
     return _Maker(model, weights, calibrated.ranges, tuned, tuned_weights, is_integer)
 

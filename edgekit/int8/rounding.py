@@ -8,7 +8,7 @@ arXiv:2210.17323, here with one scale an output and for convolutions). No image 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,16 +37,21 @@ class Rounded:
 
 
 def round_weights(
-    model: ir.Model, moments: Mapping[str, np.ndarray], *, per_channel: bool = True
+    model: ir.Model,
+    moments: Mapping[str, np.ndarray],
+    *,
+    per_channel: bool = True,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Rounded]:
     """{layer's name: its weights} for the layers of a float network; moments as `calibrate` finds them.
 
     They may be of the same network in another form: what matters is how taps go together, not how large they are. A
     layer that has none there, or others, is left out. per_channel: False rounds to the nearest step of one scale for
-    the whole layer, as careless tools do.
+    the whole layer, as careless tools do. progress(done, total): layers.
     """
-    found = {}
-    for layer in layers(model):
+    found, known = {}, layers(model)
+    for number, layer in enumerate(known):
+        progress(number, len(known))
         matrix = layer.to_matrix(constant(model, layer.weights))
         if layer.name not in moments or moments[layer.name].shape[:2] != (matrix.shape[0], matrix.shape[2]):
             continue
