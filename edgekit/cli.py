@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from edgekit import __version__
-from edgekit.errors import ArtifactError, EdgekitError, UsageError
+from edgekit.errors import ArtifactError, DataError, EdgekitError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -477,20 +477,19 @@ def quantize(
     Exit code 1 where no int8 kept its accuracy: `edgekit finetune --qat RUN` may help.
     """
     from edgekit.artifacts import open_run
+    from edgekit.int8.calibration import METHODS, as_method
     from edgekit.targets import read_target
 
-    chosen = read_target(target)
+    method, chosen = as_method(calibration), read_target(target)
+    if method is None:
+        raise UsageError(f"no calibration named {calibration!r}: give {', '.join(METHODS)}")
     open_run(run)
     from edgekit.progress import display
 
     with display() as show:
         show.busy(LOADING)
         from edgekit import report
-        from edgekit.int8.calibration import METHODS, as_method
 
-        method = as_method(calibration)
-        if method is None:
-            raise UsageError(f"no calibration named {calibration!r}: give {', '.join(METHODS)}")
         _prove(run, chosen, show)
         show.stage("quantize")
         from edgekit.quantize import quantize as stage
@@ -500,6 +499,8 @@ def quantize(
         _print_json({"run": run, "passed": done.passed, **done.record})
     else:
         _print_table(report.quantize_table(done.record))
+        for reason in done.record["not_judged"]:
+            typer.echo(f"not judged on OpenCV {reason}", err=True)
         layers = report.float_layers_table(done.record)
         if layers:
             _print_table(layers)
@@ -549,9 +550,9 @@ def bundle(
     from edgekit.targets import PRECISIONS, read_target
 
     chosen = read_target(target)
-    folder = open_run(run)
     if precision and precision not in PRECISIONS:
         raise UsageError(f"no precision named {precision!r}: give {', '.join(PRECISIONS)}")
+    folder = open_run(run)
     precision = precision or chosen.precision
     from edgekit.progress import display
 
@@ -564,7 +565,13 @@ def bundle(
             show.stage("quantize")
             from edgekit.quantize import quantize as quantize_stage
 
-            quantize_stage(run, chosen, progress=show.work)
+            try:
+                quantize_stage(run, chosen, progress=show.work)
+            except DataError as error:  # the images are elsewhere, or too few: no reason to ship nothing
+                if precision != "auto":
+                    raise
+                typer.echo(f"shipping fp32, as int8 cannot be judged here: {error}", err=True)
+                precision = "fp32"
         show.stage("bundle")
         done = stage(run, chosen, dist, precision)
     if as_json:

@@ -108,6 +108,7 @@ class _Guard:
     blobs: np.ndarray  # the first of the samples as the network takes them: what ONNX Runtime answers too, and is timed
     threads: int
     times: bool  # can the target's speed be measured on this machine?
+    not_judged: tuple[str, ...]  # OpenCVs of the target that cannot be had here, and why
     expected: dict[str, runner.Outputs]  # fp32's outputs on the samples, by engine
 
 
@@ -158,6 +159,7 @@ def quantize(
         "onnx_sha256": proof["onnx_sha256"],
         "metric": guard.task.METRIC,
         "images": len(split.val),
+        "not_judged": list(guard.not_judged),
         "max_drop": max_drop,
         "calibration": {"images": len(pixels), "method": method},
         "variants": [asdict(variant) for variant in variants],
@@ -297,7 +299,7 @@ def _guard(
     spec, task = folder.read_spec(), tasks.TASKS[folder.read_recipe().task]
     blobs = runner.normalize(np.concatenate([batch.images for batch in batches(samples[:COMPARED], spec, 8)]), spec)
     times = platform.machine() in target.arch
-    return _Guard(folder, task, tuple(engines), samples, blobs, target.threads, times, {})
+    return _Guard(folder, task, tuple(engines), samples, blobs, target.threads, times, tuple(reasons), {})
 
 
 def _measure(guard: _Guard, name: str, path: Path, spared: Sequence[str], progress: Progress) -> Variant:

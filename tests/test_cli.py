@@ -190,6 +190,18 @@ BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     ),
     ("verifying on no version", lambda f: ["verify", f, "--opencv", ","], "no OpenCV version: give some"),
     ("verifying what is no run", lambda f: ["verify", f / "none"], "no run folder"),
+    ("quantizing what is no run", lambda f: ["quantize", f / "none"], "no run folder"),
+    (
+        "quantizing by an unknown calibration",
+        lambda f: ["quantize", f, "--calibration", "kl"],
+        "'kl': give mse, percentile, minmax",
+    ),
+    ("quantizing with few images", lambda f: ["quantize", f, "--images", "31"], "images|31"),
+    (
+        "bundling in an unknown precision",
+        lambda f: ["bundle", f, "--precision", "int4"],
+        "'int4': give auto, fp32, int8, int8-weights",
+    ),
     ("bundling for an unknown target", lambda f: ["bundle", f, "--target", "toaster"], "toaster.*cpu"),
     ("bundling what is no run", lambda f: ["bundle", f / "none"], "no run folder"),
     ("running what is no bundle", lambda f: ["run", f, "check"], "has no run.py.*edgekit bundle"),
@@ -238,6 +250,7 @@ def test_help_is_the_pipeline_in_order(tmp_path: Path) -> None:
         "evaluate",
         "export",
         "verify",
+        "quantize",
         "bundle",
         "run",
         "backbones",
@@ -251,7 +264,20 @@ def test_help_is_the_pipeline_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "init", "finetune", "evaluate", "export", "verify", "bundle", "run", "targets", "backbones", "doctor"],
+    [
+        "demo",
+        "init",
+        "finetune",
+        "evaluate",
+        "export",
+        "verify",
+        "quantize",
+        "bundle",
+        "run",
+        "targets",
+        "backbones",
+        "doctor",
+    ],
 )
 def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     answer = edgekit(command, "--help", cwd=tmp_path)

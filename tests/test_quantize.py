@@ -1,7 +1,9 @@
 """quantize on a real run: what is made, what stops it, what is chosen and why; and int8 bundles."""
 
+import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from onnx import helper, numpy_helper
 from edgekit import parity, quantize, report, runner
 from edgekit.artifacts import RunFolder, is_quantized, read_json, read_quantization, write_json
 from edgekit.bundle import bundle
+from edgekit.cli import main
 from edgekit.datasets import read_split
 from edgekit.errors import ArtifactError, ConfigError, DataError, ParityError, SetupError
 from edgekit.quantize import Figure, Variant
@@ -132,6 +135,14 @@ def test_what_careless_int8_ruins_is_stopped_and_mended_by_sparing_layers(own_ru
         assert not (own_run / "model.int8.onnx").exists()
         assert done.precision == "fp32"
     assert report.float_layers_table(done.record) is not None
+
+
+def test_an_opencv_that_cannot_be_had_is_named(own_run: Path) -> None:
+    done = stage(own_run, target(prove_on=("5.0.0.93", "4.14.0.94")), max_drop=GENEROUS, images=64)
+    assert done.record["not_judged"] == [
+        f"4.14.0.94: fp32 is not proved there (`edgekit verify {own_run} --opencv 4.14.0.94`)"
+    ]
+    assert {row.opencv for variant in done.variants for row in variant.figures} == {HERE}
 
 
 def test_a_target_of_another_machine_is_judged_but_not_timed(own_run: Path) -> None:
@@ -294,6 +305,75 @@ def test_integer_operators_are_what_opencv_4_gets_and_are_judged_alike(own_run: 
     (row,) = done.variants[2].figures
     assert done.passed == (row.status == "ok" and row.drop is not None and row.drop <= GENEROUS)
     assert not done.passed or "QLinearConv" in {node.op_type for node in onnx.load(folder.int8).graph.node}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def edgekit(*words: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs a command in this process; → its exit code."""
+    monkeypatch.setattr(sys, "argv", ["edgekit", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def own_target(tmp_path: Path) -> Path:
+    """The target of these tests as a file."""
+    lines = (Path(__file__).parents[1] / "targets" / "cpu.toml").read_text(encoding="utf-8").splitlines()
+    changes = {"prove_on": 'prove_on = ["5.0.0.93"]', "precision": 'precision = "auto"'}
+    path = tmp_path / "cpu.toml"
+    path.write_text("\n".join(changes.get(line.split(" =")[0], line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_quantize_by_hand_says_what_is_shipped_and_why(
+    own_run: Path, own_target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("quantize", own_run, "--target", own_target, "--images", 64, "--max-drop")
+    assert edgekit(*words, GENEROUS, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    record = read_json(own_run / "quantize.json")
+    assert record["why"][1:] in out.replace("\n", " ")
+    assert "next: edgekit bundle" in out
+    assert edgekit(*words, 0, "--json", monkeypatch=monkeypatch) in (0, 1)
+    answer = json.loads(capsys.readouterr().out)
+    last = answer["variants"][-1]["figures"][0]
+    assert answer["passed"] == (last["status"] == "ok" and last["drop"] <= 0)
+
+
+def test_a_guard_that_fails_ends_with_exit_1_and_the_figures(
+    own_run: Path, own_target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parity, "int8_tolerance", lambda *_: 0.0)  # no engine is ONNX Runtime to the last bit
+    assert edgekit("quantize", own_run, "--target", own_target, "--images", 64, monkeypatch=monkeypatch) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Int8 is not right on OpenCV" in out
+    assert "--precision fp32" in out
+
+
+def test_bundle_ships_fp32_where_the_images_are_gone(
+    own_run: Path,
+    own_target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run may be bundled on another machine than the one with the data."""
+    (own_run / "quantize.json").unlink()
+    split = (own_run / "split.csv").read_text(encoding="utf-8")
+    folder = str(read_split(own_run / "split.csv").root)
+    (own_run / "split.csv").write_text(split.replace(folder, "/nowhere"), encoding="utf-8")
+    words = ("bundle", own_run, "--target", own_target, "--dist", tmp_path / "dist")
+    monkeypatch.setattr(sys, "argv", ["edgekit", *map(str, words), "--json"])
+    with contextlib.suppress(SystemExit):
+        main()
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["precision"] == "fp32"
+    assert "shipping fp32, as int8 cannot be judged here" in captured.err
+    assert edgekit(*words, "--precision", "int8", monkeypatch=monkeypatch) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
