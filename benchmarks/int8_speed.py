@@ -97,7 +97,7 @@ def write_files(run: Path, folder: Path, size: int, images: int) -> Files:
     small: dict[str, Path] = {form: folder / f"{form}-weights.onnx" for form in FORMS}
     for form in FORMS:
         tuned = ir.from_proto(onnx.load(fp32[form]))
-        own_weights = rounding.round_weights(tuned, calibrated.moments)
+        own_weights = rounding.carried_over(weights, model, tuned)
         onnx.save(ir.to_proto(scheme.weight_only(tuned, own_weights)), small[form])
     made = {
         "int8 QDQ": ir.to_proto(scheme.qdq(model, weights, calibrated.ranges)),

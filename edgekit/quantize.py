@@ -256,15 +256,13 @@ def _maker(
         every_value=is_integer,
         progress=lambda done, total: progress("calibrating", done, total),
     )
-    weights, tuned_weights = (
-        rounding.round_weights(
-            each,
-            calibrated.moments,
-            per_channel=per_channel,
-            progress=lambda done, total: progress("rounding the weights", done, total),
-        )
-        for each in (model, tuned)
+    weights = rounding.round_weights(
+        model,
+        calibrated.moments,
+        per_channel=per_channel,
+        progress=lambda done, total: progress("rounding the weights", done, total),
     )
+    tuned_weights = rounding.carried_over(weights, model, tuned)
     return _Maker(model, weights, calibrated.ranges, tuned, tuned_weights, is_integer)
 
 

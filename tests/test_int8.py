@@ -269,15 +269,17 @@ def test_one_scale_a_layer_where_asked_for() -> None:
         assert np.abs(row.to_float() - weights).max() <= 0.5001 * row.scales[0]
 
 
-def test_moments_of_another_form_serve_and_what_they_do_not_know_is_left_out() -> None:
+def test_weights_are_carried_over_to_another_form() -> None:
     net = two_layers()
-    moments = dict(calibrate(net, blobs()).moments)
-    scaled = {name: array / 36 for name, array in moments.items()}  # the layers read a sixth there
-    for name, row in round_weights(net, moments).items():
-        np.testing.assert_array_equal(round_weights(net, scaled)[name].integers, row.integers)
-    del moments["first"]
-    moments["last"] = np.eye(3)[None]
-    assert round_weights(net, moments).keys() == {"second"}
+    weights = round_weights(net, calibrate(net, blobs()).moments)
+    other = net.clone()  # as ReLU6 becomes HardSigmoid: the next layer takes the factor into its weights
+    other.graph.initializers["w2"].const_value = ir.tensor(constant(net, "w2") * np.float32(6))
+    other.graph.initializers["w3"].const_value = ir.tensor(constant(net, "w3") + np.float32(0.1))
+    found = rounding.carried_over(weights, net, other)
+    assert found.keys() == {"first", "second"}  # the last one is another layer now
+    np.testing.assert_array_equal(found["second"].integers, weights["second"].integers)
+    np.testing.assert_allclose(found["second"].to_float(), 6 * weights["second"].to_float(), rtol=1e-6)
+    np.testing.assert_allclose(found["first"].to_float(), weights["first"].to_float(), rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -345,9 +347,22 @@ def test_the_clip_before_uint8_is_dropped_and_only_where_uint8_cuts_off_the_same
     wider = {**found.ranges, "b": (0.0, 8.0)}  # 8 lies above the clip
     made = scheme.qdq(net, weights, wider)
     assert "Clip" in operators(made)
-    signed = {**found.ranges, "b": (-1.0, 6.0)}
+    signed = {**found.ranges, "b": (-1.0, 5.0)}  # uint8's lowest is -1, the clip's 0
     assert "Clip" in operators(scheme.qdq(net, weights, signed))
     assert "Clip" in operators(scheme.qdq(net, weights, found.ranges, spared=["second"]))  # who reads it reads floats
+
+
+def test_relu_stays_where_a_float_layer_reads_it_too() -> None:
+    text = """(float[1,3,8,8] image) => (float[1,4,8,8] y) {
+        a = Relu (image) [p] b = Conv (a, w1) [q] c = Conv (a, w2) y = Add (b, c)
+    }"""
+    net = model(text, w1=random(4, 3, 1, 1), w2=random(4, 3, 1, 1, seed=1))
+    found = calibrate(net, blobs())
+    weights = round_weights(net, found.moments)
+    assert "Relu" not in operators(scheme.qdq(net, weights, found.ranges))
+    made = scheme.qdq(net, weights, found.ranges, spared=["q"])
+    assert "Relu" in operators(made)
+    assert sqnr_db([outputs(made)], [outputs(net)]) > 30
 
 
 def test_dropping_the_clip_changes_nothing() -> None:

@@ -9,7 +9,7 @@ arXiv:2210.17323, here with one scale an output and for convolutions). No image 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -45,18 +45,32 @@ def round_weights(
 ) -> dict[str, Rounded]:
     """{layer's name: its weights} for the layers of a float network; moments as `calibrate` finds them.
 
-    They may be of the same network in another form: what matters is how taps go together, not how large they are. A
-    layer that has none there, or others, is left out. per_channel: False rounds to the nearest step of one scale for
-    the whole layer, as careless tools do. progress(done, total): layers.
+    per_channel: False rounds to the nearest step of one scale for the whole layer, as careless tools do.
+    progress(done, total): layers.
     """
     found, known = {}, layers(model)
     for number, layer in enumerate(known):
         progress(number, len(known))
         matrix = layer.to_matrix(constant(model, layer.weights))
-        if layer.name not in moments or moments[layer.name].shape[:2] != (matrix.shape[0], matrix.shape[2]):
-            continue
         integers, scales = round_matrix(matrix, moments[layer.name]) if per_channel else _one_scale(matrix)
         found[layer.name] = Rounded(layer.from_matrix(integers), scales.ravel(), layer.output_axis)
+    return found
+
+
+def carried_over(weights: Mapping[str, Rounded], model: ir.Model, other: ir.Model) -> dict[str, Rounded]:
+    """The rounded weights for another form of the same network: a layer's may be a multiple there of what they were here.
+
+    Layers that are made otherwise there are left out.
+    """
+    before = {layer.name: constant(model, layer.weights) for layer in layers(model)}
+    found = {}
+    for layer in layers(other):
+        old, new = before.get(layer.name), constant(other, layer.weights)
+        if old is None or old.shape != new.shape:
+            continue
+        factor = float((new.astype(np.float64) * old).sum() / max(float((old.astype(np.float64) ** 2).sum()), 1e-30))
+        if np.allclose(new, factor * old, rtol=1e-5, atol=1e-5 * float(np.abs(new).max())):
+            found[layer.name] = replace(weights[layer.name], scales=weights[layer.name].scales * np.float32(factor))
     return found
 
 
