@@ -58,7 +58,7 @@ def round_weights(
 
 
 def carried_over(weights: Mapping[str, Rounded], model: ir.Model, other: ir.Model) -> dict[str, Rounded]:
-    """The rounded weights for another form of the same network: a layer's may be a multiple there of what they were here.
+    """The rounded weights for another form of the same network, where a layer's may be a multiple of what they were.
 
     Layers that are made otherwise there are left out.
     """
