@@ -592,7 +592,7 @@ def bundle(
     rows = done.checked["images"]
     typer.echo(f"{done.path} and {done.archive.name} ({done.size_bytes / 1e6:.1f} MB)")
     if done.why:
-        typer.echo(f"{done.precision}: {done.why}")
+        typer.echo(f"{done.why[0].upper()}{done.why[1:]}")
     here = done.checked["conditions"]
     typer.echo(
         f"check passed here: {len(rows)} of {len(rows)} images as trained, OpenCV {here['opencv']}, "
