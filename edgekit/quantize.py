@@ -146,9 +146,8 @@ def quantize(
             _measure(guard, "int8-weights", maker.write(made / "int8-weights.onnx", None), (), progress),
             _measure(guard, "int8", maker.write(made / "int8.onnx", ()), (), progress),
         ]
-        ranking, curve = _spare(
-            guard, maker, made, variants, runner.normalize(pixels[:RANKED], spec), max_drop, progress
-        )
+        spared = _spare(guard, maker, made, variants[-1], runner.normalize(pixels[:RANKED], spec), max_drop, progress)
+        variants += spared.mixed
         variants = _timed(guard, variants, made, progress)
         precision, why = _choice(variants, max_drop)
         variants = _keep(folder, variants, made, max_drop)
@@ -163,8 +162,8 @@ def quantize(
         "max_drop": max_drop,
         "calibration": {"images": len(pixels), "method": method},
         "variants": [asdict(variant) for variant in variants],
-        "curve": curve,
-        "sensitivity": [asdict(row) for row in ranking],
+        "curve": spared.curve,
+        "sensitivity": [asdict(row) for row in spared.ranking],
         "conditions": {
             "cpu": runner.cpu_name(),
             "threads": str(target.threads or "OpenCV's choice"),
@@ -351,23 +350,30 @@ def _fault(outputs: runner.Outputs, reference: runner.Outputs, tolerance: float)
 # Where too much is lost
 
 
+@dataclass(frozen=True)
+class _Spared:
+    """What came of leaving layers in float; all empty where int8 was good enough, or does not run at all."""
+
+    mixed: tuple[Variant, ...] = ()  # the last that was tried
+    ranking: tuple[sensitivity.Sensitivity, ...] = ()  # the layers, the worst first
+    curve: tuple[dict[str, Any], ...] = ()  # the way there, a row a step
+
+
 def _spare(
     guard: _Guard,
     maker: _Maker,
     folder: Path,
-    variants: list[Variant],
+    int8: Variant,
     blobs: np.ndarray,
     max_drop: float,
     progress: Progress,
-) -> tuple[tuple[sensitivity.Sensitivity, ...], list[dict[str, Any]]]:
-    """Where int8, the last variant, lost too much: adds int8 with the worst layers in float, as few as hold the guard.
+) -> _Spared:
+    """Where int8 lost too much: int8 with the worst layers in float, as few as hold the guard.
 
-    Also where none holds it: then int8 is no longer faster, or hardly any layer is left. → the layers, the worst first,
-    and the way there, a row a step; both empty where int8 was good enough, or does not run at all.
+    Where none holds it, the last: then int8 is no longer faster, or hardly any layer is left.
     """
-    int8 = variants[-1]
     if int8.is_within(max_drop) or any(row.status != "ok" for row in int8.figures):
-        return (), []
+        return _Spared()
     ranking = sensitivity.rank(
         maker.model,
         maker.weights,
@@ -377,14 +383,13 @@ def _spare(
     )
     mixed, curve = int8, [_step(int8, _ratio(guard, folder / int8.file), "")]
     for count in (count for count in SPARED if count < len(ranking)):
-        spared = [row.layer for row in ranking[:count]]
-        mixed = _measure(guard, "int8-mixed", maker.write(folder / "int8-mixed.onnx", spared), spared, progress)
+        names = [row.layer for row in ranking[:count]]
+        mixed = _measure(guard, "int8-mixed", maker.write(folder / "int8-mixed.onnx", names), names, progress)
         ratio = _ratio(guard, folder / mixed.file)
-        curve.append(_step(mixed, ratio, spared[-1]))
+        curve.append(_step(mixed, ratio, names[-1]))
         if mixed.is_within(max_drop) or (ratio is not None and ratio > PAYS):
             break
-    variants.append(mixed)
-    return ranking, curve
+    return _Spared((mixed,) if mixed is not int8 else (), ranking, tuple(curve))
 
 
 def _step(variant: Variant, ratio: float | None, last: str) -> dict[str, Any]:
