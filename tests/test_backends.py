@@ -18,6 +18,7 @@ from edgekit.environments import CACHE_VARIABLE, opencv_python
 from edgekit.errors import EdgekitError, SetupError
 from edgekit.evaluate import evaluate
 from edgekit.export import export
+from edgekit.quantize import quantize
 from edgekit.runner import RunnerError
 from edgekit.targets import read_target
 from edgekit.verify import unproved, verify
@@ -217,7 +218,9 @@ def test_a_run_becomes_bundles_for_openvino(
     if not plugin.read_plugin(plugin_file, MACHINE).has_precision:
         # It would compute in bf16 where the CPU can, which is too coarse for a network that has hardly been trained.
         monkeypatch.setenv("OV_CPU_MAX_ISA", "AVX512_CORE_VNNI")
-    target = read_target("openvino").model_copy(update={"prove_on": ("openvino",), "arch": (MACHINE,)})
+    target = read_target("openvino").model_copy(
+        update={"prove_on": ("openvino",), "arch": (MACHINE,), "precision": "fp32"}
+    )
     with pytest.raises(SetupError, match=r"no OpenVINO plugin .* here: `edgekit opencv add openvino --arch"):
         bundle(run, target, tmp_path / "dist")
     assert verify(run, ["openvino"]).not_proved == ("openvino",)
@@ -237,6 +240,13 @@ def test_a_run_becomes_bundles_for_openvino(
     columns = evaluate(run, built.path).metrics["columns"]
     # bf16 may move an answer that torch itself was unsure of
     assert columns["bundle"]["agreement"] == 1 if row.precision == "fp32" else columns["bundle"]["agreement"] > 0.95
+    quantized = quantize(run, target, max_drop=10.0, images=64)
+    assert [row.status for row in quantized.variants[-1].figures] == ["ok"]
+    int8 = bundle(run, target, tmp_path / "dist", "int8")
+    assert int8.checked["conditions"]["precision"] == "int8"
+    assert all(row["ok"] for row in int8.checked["images"])
+    assert int8.proved == ({"opencv": "4.14.0", "engine": "openvino"},)
+    assert evaluate(run, int8.path).metrics["columns"]["bundle"]["agreement"] > 0.8
     other = target.model_copy(update={"name": "elsewhere", "arch": (ELSEWHERE,)})
     with pytest.raises(SetupError, match=f"no OpenVINO plugin for {ELSEWHERE}"):
         bundle(run, other, tmp_path / "dist")

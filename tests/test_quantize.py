@@ -292,7 +292,7 @@ def test_the_guard_sees_outputs_that_are_not_onnx_runtimes(own_run: Path, monkey
     done = stage(own_run, target(), max_drop=100.0, images=64)
     (row,) = done.variants[2].figures
     assert row.status == "wrong"
-    assert "from ONNX Runtime; at most" in row.message
+    assert "times int8's own error; at most 2 are allowed" in row.message
     assert not done.passed
     assert done.precision == "fp32"
     assert not (own_run / "model.int8.onnx").exists()
@@ -347,7 +347,8 @@ def test_quantize_by_hand_says_what_is_shipped_and_why(
 def test_a_guard_that_fails_ends_with_exit_1_and_the_figures(
     own_run: Path, own_target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(parity, "int8_tolerance", lambda *_: 0.0)  # no engine is ONNX Runtime to the last bit
+    monkeypatch.setattr(parity, "INT8_SLACK", 0.0)  # no engine is ONNX Runtime to the last bit
+    monkeypatch.setattr(parity, "INT8_FLOOR", 0.0)
     assert edgekit("quantize", own_run, "--target", own_target, "--images", 64, monkeypatch=monkeypatch) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "Int8 is not right on OpenCV" in out
@@ -407,7 +408,7 @@ def test_a_bundle_of_each_precision(built: Callable[[str], Path], run: Path, pre
     assert manifest["precision"] == precision
     measured = {row["name"]: row["tolerance"] for row in read_json(run / "quantize.json")["variants"]}
     tolerance = manifest["tolerances"]["outputs"]
-    assert tolerance == (1e-3 if precision == "fp32" else measured[precision])
+    assert tolerance >= (1e-3 if precision == "fp32" else measured[precision])
     assert {"opencv": HERE, "engine": "new"} in manifest["proved"]
     model = runner.Model(path)
     assert model.conditions()["precision"] == ("int8" if precision == "int8" else "fp32")
