@@ -1158,10 +1158,10 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _forward(args: argparse.Namespace) -> int:
-    answer: dict[str, Any] = {"opencv": cv2.__version__, "pixels_sha256": []}
     session = Session(args.model, args.engine, plugin=args.plugin)
+    pixels_sha256: list[str] = []
     rows, times_ms = [], []
-    for blob in _forward_blobs(args, answer["pixels_sha256"]):
+    for blob in _forward_blobs(args, pixels_sha256):
         start = time.perf_counter()
         rows.append(session(blob))
         times_ms.append((time.perf_counter() - start) * 1e3)
@@ -1171,7 +1171,8 @@ def _forward(args: argparse.Namespace) -> int:
     print(
         json.dumps(
             {
-                **answer,
+                "opencv": cv2.__version__,
+                **({"pixels_sha256": pixels_sha256} if args.images else {}),
                 "engine": session.engine,
                 "precision": session.precision,
                 "ran_on": session.ran_on(),
