@@ -25,6 +25,7 @@ import ctypes
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -33,10 +34,13 @@ import re
 import subprocess
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Generator, Iterator, List, Sequence
 
+_IMPORT_STARTED = time.perf_counter()
 try:
     import cv2
     import numpy as np
@@ -47,6 +51,7 @@ except ImportError as error:
     print(f"run.py: {error}. It needs numpy and OpenCV: python3 -m pip install -r {needs}", file=sys.stderr)
     sys.exit(2)
 
+IMPORT_MS = (time.perf_counter() - _IMPORT_STARTED) * 1e3  # of numpy and OpenCV, where nothing had them before
 SCHEMA = "edgekit.bundle/1"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv", ".mjpeg")
@@ -354,16 +359,23 @@ def _openvino_precision(plugin: Path | None) -> str:
         asked = os.environ.get(PRECISION_VARIABLE, "f32")
     if asked != "auto":
         return {"f32": "fp32", "f16": "fp16"}.get(asked, asked)
-    has = set(_cpuinfo().split())
+    has = _cpu_features()
     if has & {"avx512_bf16", "amx_bf16"}:
         return "bf16"
     return "fp16" if has & {"asimdhp", "avx512_fp16", "amx_fp16"} else "fp32"
 
 
-def _cpuinfo() -> str:
+def _cpu_features() -> set[str]:
+    """The instruction sets that Linux lists, such as "avx2" or "asimddp"; empty elsewhere."""
+    lines = _text(Path("/proc/cpuinfo")).splitlines()
+    return {word for line in lines if line.lower().startswith(("flags", "features")) for word in line.split()[2:]}
+
+
+def _text(path: Path) -> str:
+    """A small file of the system's, or "" where it has none."""
     try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
+        return path.read_text(encoding="utf-8", errors="replace").strip(" \0\n")
+    except OSError:
         return ""
 
 
@@ -535,7 +547,7 @@ class Model:
         row = _check_image(self, _expected(self)[0])
         if row["ok"]:
             return
-        faulty = self.session.engine == "new" and "avx_vnni" in _cpuinfo().split()
+        faulty = self.session.engine == "new" and "avx_vnni" in _cpu_features()
         known = (
             " OpenCV 5.0's int8 is known to be wrong on CPUs with AVX-VNNI, as this one: OPENCV_CPU_DISABLE=AVX_VNNI "
             "in the environment avoids it, and is slow."
@@ -561,6 +573,8 @@ class Model:
             "threads": self.session.threads,
             "machine": platform.machine(),
             "cpu": cpu_name(),
+            "cpu_features": _short_sha256(" ".join(sorted(_cpu_features()))),
+            "opencv_build": _short_sha256(cv2.getBuildInformation()),
             "python": platform.python_version(),
             "proved_on_this_opencv": self.session.engine in engines_here(self.manifest["proved"]),
         }
@@ -621,6 +635,10 @@ def choose_engine(manifest: dict[str, Any], asked: str | None, backend: str) -> 
     return engine
 
 
+def _short_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def cpu_name() -> str:
     """The processor's name as the system tells it, else its architecture."""
     for path, key in (("/proc/device-tree/model", ""), ("/proc/cpuinfo", "model name")):
@@ -648,7 +666,7 @@ class Frame:
     fps: float = 0.0  # of a video; 0: a still image or unknown
 
 
-def frames(sources: Sequence[str]) -> Iterator[Frame]:
+def frames(sources: Sequence[str]) -> Generator[Frame, None, None]:
     """Files, folders, globs, videos and URLs → frames, in order. What cannot be read is a Frame with an error."""
     for source in sources:
         if "://" in source:
@@ -706,7 +724,7 @@ def _still(path: Path) -> Frame:
         return Frame(str(path), error=str(error))
 
 
-def _video_frames(name: str, address: Any, live: bool = False) -> Iterator[Frame]:
+def _video_frames(name: str, address: Any, live: bool = False) -> Generator[Frame, None, None]:
     """address: a path, a URL or a camera's number, as cv2.VideoCapture takes it. live: it has no end of its own."""
     try:
         capture = cv2.VideoCapture(address if isinstance(address, int) else _opencv_path(address))
@@ -906,36 +924,140 @@ STAGES = ("decode", "preprocess", "forward", "postprocess")
 def bench(model: Model, seconds: float = 5.0, min_iterations: int = 20) -> dict[str, Any]:
     """Latency on the bundle's own images, one at a time, in ms: {"first_ms", "iterations", "end_to_end_ms", ...}.
 
-    Warms up for a fifth of the time; then each stage is timed apart in every iteration.
+    Warms up for a fifth of the time. Then iterations with a mark after each stage and whole ones without any mark take
+    turns; so the stages can be held against `end_to_end`, which they are no part of. At last, for a fifth of the time,
+    images are decoded in one thread and answered in another: "images_per_second".
     """
     data = [(model.bundle / "check" / row["file"]).read_bytes() for row in _expected(model)]
-    first_ms = sum(_time_stages(model, data[0]).values())
+    before = environment()
+    first_ms = sum(wall for wall, _ in _time_stages(model, data[0])) / 1e6
     warm_until = time.perf_counter() + seconds / 5
     while time.perf_counter() < warm_until:
         _time_stages(model, data[0])
-    samples: list[dict[str, float]] = []
+    samples: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "end_to_end")}
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(samples) < min_iterations:
-        samples.append(_time_stages(model, data[len(samples) % len(data)]))
-    report: dict[str, Any] = {"iterations": len(samples), "first_ms": first_ms}
-    report["end_to_end_ms"] = percentiles([sum(sample.values()) for sample in samples])
-    for stage in STAGES:
-        report[f"{stage}_ms"] = percentiles([sample[stage] for sample in samples])
-    report["conditions"] = model.conditions()
-    return report
+    while time.perf_counter() < stop or len(samples["end_to_end"]) < min_iterations:
+        item = data[len(samples["end_to_end"]) % len(data)]
+        for stage, (wall_ns, _) in zip(STAGES, _time_stages(model, item)):
+            samples[stage].append(wall_ns / 1e6)
+        start_ns = time.perf_counter_ns()
+        model(decode(item))
+        samples["end_to_end"].append((time.perf_counter_ns() - start_ns) / 1e6)
+    return {
+        "iterations": len(samples["end_to_end"]),
+        "first_ms": first_ms,
+        **{f"{stage}_ms": percentiles(values) for stage, values in samples.items()},
+        "images_per_second": _throughput(model, data, seconds / 5),
+        "samples_ms": samples,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "environment": [before, environment()],
+        "conditions": model.conditions(),
+    }
 
 
-def _time_stages(model: Model, data: bytes) -> dict[str, float]:
-    marks = [time.perf_counter_ns()]
+def _time_stages(model: Model, data: bytes) -> list[tuple[int, int]]:
+    """One image through the stages → (wall time, CPU time of all this process's threads) of each, in ns."""
+    marks = [(time.perf_counter_ns(), time.process_time_ns())]
     image = decode(data)
-    marks.append(time.perf_counter_ns())
+    marks.append((time.perf_counter_ns(), time.process_time_ns()))
     blob = preprocess(image, model.spec)
-    marks.append(time.perf_counter_ns())
+    marks.append((time.perf_counter_ns(), time.process_time_ns()))
     outputs = model.session(blob)
-    marks.append(time.perf_counter_ns())
+    marks.append((time.perf_counter_ns(), time.process_time_ns()))
     POSTPROCESS[model.spec.task](outputs, model.spec, 5)
-    marks.append(time.perf_counter_ns())
-    return {stage: (end - start) / 1e6 for stage, start, end in zip(STAGES, marks, marks[1:])}
+    marks.append((time.perf_counter_ns(), time.process_time_ns()))
+    return [(end[0] - start[0], end[1] - start[1]) for start, end in zip(marks, marks[1:])]
+
+
+def _throughput(model: Model, data: Sequence[bytes], seconds: float) -> float:
+    """Images a second, from file bytes to answer, with the next one decoded while one is answered."""
+    stream = ahead(decode(item) for item in itertools.cycle(data))
+    with contextlib.closing(stream):
+        model(next(stream))  # the thread has begun
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < seconds:
+            model(next(stream))
+            count += 1
+        return count / (time.perf_counter() - start)
+
+
+def ahead(items: Generator[Any, None, None], depth: int = 2) -> Generator[Any, None, None]:
+    """The same items in the same order, each made in a thread of its own while the caller works on the ones before.
+
+    (OpenCV lets other threads run while it decodes and while it computes.) At most `depth` are waiting. What making one
+    raises is raised here. Where the caller closes this early, `items` is closed before it returns.
+    """
+    end = object()
+    with contextlib.closing(items), ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, items, end) for _ in range(depth))
+        while True:
+            item = waiting.popleft().result()
+            if item is end:
+                return
+            waiting.append(pool.submit(next, items, end))
+            yield item
+
+
+def peak_rss_bytes() -> int | None:
+    """The most memory that this process had resident at once, since it began; None where the system does not tell.
+
+    (VmHWM, not getrusage's ru_maxrss: that one counts what the parent had before this program was started.)
+    """
+    found = re.search(r"VmHWM:\s+(\d+) kB", _text(Path("/proc/self/status")))
+    return int(found.group(1)) * 1024 if found else None
+
+
+PI_THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
+
+
+def environment(root: Path = Path("/")) -> dict[str, Any]:
+    """What may make a figure doubtful, as the system tells it now; null for what it does not tell.
+
+    governor and mhz (the mean) of the cores that this process may use; temperature_c: of the hottest zone; throttled:
+    what a Raspberry Pi says is being held back; throttle_events: how often x86 cores or a Jetson were held back, ever;
+    load: runnable processes, mean of a minute; steal: clock ticks that a hypervisor took, ever; power_w: of the whole
+    board, where it has a meter (INA3221).
+    """
+    system = root / "sys"
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    frequency = [system / f"devices/system/cpu/cpu{core}/cpufreq" for core in cores]
+    khz = [float(text) for text in (_text(folder / "scaling_cur_freq") for folder in frequency) if text]
+    governors = {_text(folder / "scaling_governor") for folder in frequency} - {""}
+    zones = [_number(path) for path in system.glob("class/thermal/thermal_zone*/temp")]
+    held_back = _text(system / "devices/platform/soc/soc:firmware/get_throttled")
+    bits = int(held_back, 16) if held_back else 0
+    counters = (
+        "devices/system/cpu/cpu*/thermal_throttle/core_throttle_count",
+        "class/hwmon/hwmon*/oc*_event_cnt",
+    )
+    events = [_number(path) for pattern in counters for path in system.glob(pattern)]
+    ticks = _text(root / "proc/stat").split("\n", 1)[0].split()
+    return {
+        "governor": ", ".join(sorted(governors)) or None,
+        "mhz": sum(khz) / len(khz) / 1e3 if khz else None,
+        "temperature_c": max((zone / 1e3 for zone in zones if zone), default=None),
+        "throttled": [name for bit, name in PI_THROTTLED.items() if bits >> bit & 1] if held_back else None,
+        "throttle_events": int(sum(event or 0 for event in events)) if events else None,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "steal": int(ticks[8]) if len(ticks) > 8 else None,
+        "power_w": _power_w(system),
+    }
+
+
+def _number(path: Path) -> float | None:
+    with contextlib.suppress(ValueError):
+        return float(_text(path))
+    return None
+
+
+def _power_w(system: Path) -> float | None:
+    """The first channel (the whole board's input) of the first INA3221; mV times mA."""
+    for name in sorted(system.glob("class/hwmon/hwmon*/name")):
+        if _text(name) == "ina3221":
+            volts, amperes = _number(name.with_name("in1_input")), _number(name.with_name("curr1_input"))
+            if volts is not None and amperes is not None:
+                return volts * amperes / 1e6
+    return None
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
@@ -961,7 +1083,7 @@ def _infer(args: argparse.Namespace) -> int:
         raise RunnerError("infer needs a SOURCE (image, folder, glob, video, URL) or --list FILE, or else --camera N")
     model = _open(args)
     _warn_unproved(model)
-    stream = frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True)
+    stream = ahead(frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True))
     drawings = Drawings(args.draw) if args.draw else None
     failed = False
     try:
@@ -975,6 +1097,7 @@ def _infer(args: argparse.Namespace) -> int:
             if count == args.frames:
                 break
     finally:
+        stream.close()
         if drawings:
             drawings.close()
     return 2 if failed else _done(model)
@@ -983,7 +1106,7 @@ def _infer(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace) -> Model:
     """The bundle's model as the options want it; says on stderr where it runs on something else."""
     # `check` looks at all the images and says more; the first inference is bench's to time
-    prove = args.command not in ("check", "bench")
+    prove = args.command not in ("check", "bench", "worker")
     model = Model(args.bundle, args.threads, args.engine, args.allow_fallback, prove)
     if model.fallback:
         print(f"run.py: warning: {model.fallback}. It runs on {_ran(model)} instead", file=sys.stderr)
@@ -1065,10 +1188,11 @@ def _check(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.try_targets:
         return _try_targets(args)
+    floor_bytes = peak_rss_bytes()
     start = time.perf_counter()
     model = _open(args)
     load_ms = (time.perf_counter() - start) * 1e3
-    report = {"load_ms": load_ms, **bench(model, args.seconds)}
+    report = {"import_ms": IMPORT_MS, "load_ms": load_ms, "floor_rss_bytes": floor_bytes, **bench(model, args.seconds)}
     if args.json:
         print(json.dumps(report))
         return _done(model)
@@ -1080,7 +1204,13 @@ def _bench(args: argparse.Namespace) -> int:
         )
         print(f"{stage:<14}{shown}")
     conditions = report["conditions"]
-    print(f"load {load_ms:.0f} ms, first inference {report['first_ms']:.0f} ms, {report['iterations']} iterations")
+    print(
+        f"import {IMPORT_MS:.0f} ms, load {load_ms:.0f} ms, first inference {report['first_ms']:.0f} ms; "
+        f"{report['iterations']} iterations; {report['images_per_second']:.0f} images/s with decoding beside"
+    )
+    if floor_bytes and report["peak_rss_bytes"]:
+        above = report["peak_rss_bytes"] - floor_bytes
+        print(f"memory: {report['peak_rss_bytes'] / 1e6:.0f} MB at most, {above / 1e6:.0f} MB over Python and OpenCV")
     print(
         f"OpenCV {conditions['opencv']}, {conditions['engine']} engine, {conditions['backend']}, "
         f"{conditions['precision']}, {conditions['threads']} threads, {conditions['cpu']}"
@@ -1133,6 +1263,40 @@ def _run_self(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A command of this file, in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _worker(args: argparse.Namespace) -> int:
+    """Says when it is ready, then times so many iterations a request and answers, a JSON object a line each.
+
+    Between requests it waits on its input, and takes no time of the other worker. It ends where its input does.
+    """
+    if args.core is not None:
+        os.sched_setaffinity(0, {args.core})
+    floor_bytes = peak_rss_bytes()
+    start = time.perf_counter()
+    model = _open(args)
+    load_ms = (time.perf_counter() - start) * 1e3
+    folder = (args.images or model.bundle) / "check"
+    data = [
+        (folder / row["file"]).read_bytes()
+        for row in json.loads((folder / "expected.json").read_text("utf-8"))["images"]
+    ]
+    first_ms = sum(wall for wall, _ in _time_stages(model, data[0])) / 1e6
+    ready = {"import_ms": IMPORT_MS, "load_ms": load_ms, "first_ms": first_ms, "floor_rss_bytes": floor_bytes}
+    print(json.dumps({**ready, "conditions": model.conditions(), "environment": environment()}), flush=True)
+    for line in sys.stdin:
+        rows = [_time_stages(model, data[index % len(data)]) for index in range(json.loads(line)["iterations"])]
+        wall_ns, cpu_ns = (
+            {stage: [row[place][clock] for row in rows] for place, stage in enumerate(STAGES)} for clock in (0, 1)
+        )
+        answer = {
+            "wall_ns": wall_ns,
+            "cpu_ns": cpu_ns,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "environment": environment(),
+        }
+        print(json.dumps(answer), flush=True)
+    return _done(model)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -1250,6 +1414,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench_.add_argument("--json", action="store_true", help="one JSON object")
     bench_.set_defaults(run=_bench)
+
+    worker = commands.add_parser(
+        "worker", parents=[common], help="time iterations on request (used by edgekit compare)"
+    )
+    worker.add_argument("--core", type=_count, metavar="N", help="stay on this core")
+    worker.add_argument("--images", type=Path, metavar="BUNDLE", help="take this bundle's check images")
+    worker.set_defaults(run=_worker)
 
     info = commands.add_parser("info", parents=[common], help="what this bundle is, and what it meets here")
     info.add_argument("--json", action="store_true", help="one JSON object")
