@@ -6,6 +6,8 @@ without them cannot be held against another.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +32,19 @@ class Subject(_Record):
     git_revision: str | None  # of the working tree that it was built in
     measured_at: str  # ISO 8601, UTC
     device: str  # host name, or user@host
+
+
+def subject_of(manifest: Mapping[str, Any], device: str) -> Subject:
+    """A bundle's manifest, measured now, on this device."""
+    return Subject(
+        name=manifest["name"],
+        target=manifest["target"],
+        precision=manifest["precision"],
+        bundle_sha256=manifest["sha256"],
+        git_revision=manifest["provenance"]["git_revision"],
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        device=device,
+    )
 
 
 class LatencyRun(_Record):

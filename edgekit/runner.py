@@ -544,7 +544,7 @@ class Model:
             self._prove()
 
     def _prove(self) -> None:
-        row = _check_image(self, _expected(self)[0])
+        row = _check_image(self, _expected(self.bundle)[0])
         if row["ok"]:
             return
         faulty = self.session.engine == "new" and "avx_vnni" in _cpu_features()
@@ -868,12 +868,12 @@ def check(model: Model) -> list[dict[str, Any]]:
     manifest's tolerance. Where another JPEG decoder gave other pixels, the looser `outputs_other_pixels` holds, and
     where the arithmetic has 16 bits, `outputs_16bit`.
     """
-    return [_check_image(model, row) for row in _expected(model)]
+    return [_check_image(model, row) for row in _expected(model.bundle)]
 
 
-def _expected(model: Model) -> list[dict[str, Any]]:
+def _expected(bundle: Path) -> list[dict[str, Any]]:
     """check/expected.json: a row an image, {"file", "pixels_sha256", "outputs", "results"}."""
-    rows: list[dict[str, Any]] = json.loads((model.bundle / "check" / "expected.json").read_text("utf-8"))["images"]
+    rows: list[dict[str, Any]] = json.loads((bundle / "check" / "expected.json").read_text("utf-8"))["images"]
     return rows
 
 
@@ -928,7 +928,7 @@ def bench(model: Model, seconds: float = 5.0, min_iterations: int = 20) -> dict[
     turns; so the stages can be held against `end_to_end`, which they are no part of. At last, for a fifth of the time,
     images are decoded in one thread and answered in another: "images_per_second".
     """
-    data = [(model.bundle / "check" / row["file"]).read_bytes() for row in _expected(model)]
+    data = [(model.bundle / "check" / row["file"]).read_bytes() for row in _expected(model.bundle)]
     before = environment()
     first_ms = sum(wall for wall, _ in _time_stages(model, data[0])) / 1e6
     warm_until = time.perf_counter() + seconds / 5
@@ -1270,17 +1270,14 @@ def _worker(args: argparse.Namespace) -> int:
 
     Between requests it waits on its input, and takes no time of the other worker. It ends where its input does.
     """
-    if args.core is not None:
-        os.sched_setaffinity(0, {args.core})
+    if args.pin and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the first core is the one that interrupts take
     floor_bytes = peak_rss_bytes()
     start = time.perf_counter()
     model = _open(args)
     load_ms = (time.perf_counter() - start) * 1e3
-    folder = (args.images or model.bundle) / "check"
-    data = [
-        (folder / row["file"]).read_bytes()
-        for row in json.loads((folder / "expected.json").read_text("utf-8"))["images"]
-    ]
+    folder = args.images or model.bundle
+    data = [(folder / "check" / row["file"]).read_bytes() for row in _expected(folder)]
     first_ms = sum(wall for wall, _ in _time_stages(model, data[0])) / 1e6
     ready = {"import_ms": IMPORT_MS, "load_ms": load_ms, "first_ms": first_ms, "floor_rss_bytes": floor_bytes}
     print(json.dumps({**ready, "conditions": model.conditions(), "environment": environment()}), flush=True)
@@ -1418,7 +1415,7 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser(
         "worker", parents=[common], help="time iterations on request (used by edgekit compare)"
     )
-    worker.add_argument("--core", type=_count, metavar="N", help="stay on this core")
+    worker.add_argument("--pin", action="store_true", help="stay on one core, the last that it may use")
     worker.add_argument("--images", type=Path, metavar="BUNDLE", help="take this bundle's check images")
     worker.set_defaults(run=_worker)
 
