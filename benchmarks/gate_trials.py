@@ -1,7 +1,7 @@
 """Is the latency gate's word to be believed? Many whole gates on bundles whose difference is known.
 
-    uv run python benchmarks/gate_trials.py run BUNDLE --out trials.jsonl [--minutes 60] [--core 0]
-    uv run python benchmarks/gate_trials.py report trials.jsonl ...
+    uv run python benchmarks/gate_trials.py run BUNDLE --out trials/0.jsonl [--minutes 60] [--core 0]
+    uv run python benchmarks/gate_trials.py report trials/*.jsonl
 
 What is known is made of real work: where the baseline runs its network 10 times for an answer, the candidate does it
 11 times (+10 %), or 21 for 20 (+5 %), or as often (A/A). In "second-place" both are the same bundle, but whichever
@@ -148,7 +148,7 @@ def run(bundle: Path, out: Path, minutes: float, core: int | None) -> None:
     with tempfile.TemporaryDirectory(prefix="edgekit-trials-") as name:
         copy = patched(bundle, Path(name))
         while time.monotonic() < end:
-            lines = read([*out.parent.glob(f"{out.stem}*.jsonl")])
+            lines = read(sorted(out.parent.glob("*.jsonl")))
             counts = collections.Counter(line["trial"] for line in lines)
             trial = min(TRIALS.values(), key=lambda trial: counts[trial.name] / trial.runs)
             if counts[trial.name] >= trial.runs:
@@ -229,7 +229,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run_ = commands.add_parser("run", help="run gates, a line each")
     run_.add_argument("bundle", type=Path)
-    run_.add_argument("--out", type=Path, required=True, help="files beside it with the same beginning count too")
+    run_.add_argument("--out", type=Path, required=True, help="every .jsonl in its folder counts")
     run_.add_argument("--minutes", type=float, default=60.0)
     run_.add_argument("--core", type=int, help="the core that everything stays on")
     report_ = commands.add_parser("report", help="count")
