@@ -41,7 +41,7 @@ class Question:
 
     def __post_init__(self) -> None:
         if not 0 < self.limit < 10:
-            raise UsageError(f"the limit is {self.limit:.1%}: give one above 0 and below 1000 %")
+            raise UsageError(f"the limit is {100 * self.limit:g} %: give one above 0 and below 1000 %")
         unknown = sorted(set(self.gates) - set(GATES))
         if unknown or not self.gates or len(set(self.gates)) < len(self.gates):
             raise UsageError(
