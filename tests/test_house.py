@@ -19,9 +19,11 @@ NOUNS = {
     "cuda_wheel",
     "datasets",
     "demo",
+    "device",
     "doctor",
     "environments",
     "fake_quantization",
+    "latency",
     "launch",
     "opencv",
     "parity",
@@ -29,11 +31,13 @@ NOUNS = {
     "plugin",
     "preflight",
     "progress",
+    "receiver",
     "recipe",
     "report",
     "targets",
     "timing",
     "turns",
+    "verdict",
 }
 STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle"}
 TASKS = {"tasks", "tasks.classify"}
@@ -53,6 +57,10 @@ ALLOWED = {
     "environments": LAYER_0,
     "fake_quantization": LAYER_0,
     "arm64": LAYER_0 | {"artifacts", "environments"},
+    "device": LAYER_0 | {"launch", "receiver"},
+    "receiver": set(),
+    "latency": LAYER_0,
+    "verdict": LAYER_0,
     "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
