@@ -70,7 +70,7 @@ def confusion_picture(
     counts, colors = np.asarray(confusion, np.int64), THEMES[theme]
     classes = len(class_names)
     side = min(14.0, max(7.0, 0.13 * classes)) if classes > 6 else 1.1 * classes  # inches
-    with _style(colors):
+    with style(colors):
         figure, axes = _square(side)
         cells = _cell_colors(counts, colors)
         axes.imshow(cells, interpolation="nearest", aspect="equal")
@@ -80,7 +80,7 @@ def confusion_picture(
             axes.vlines(np.arange(classes - 1) + 0.5, -0.5, classes - 0.5, colors.surface, linewidth=1.5)
         if classes <= 20:
             _write_counts(axes, counts, cells, cell_points=72 * side / classes)
-        return _png(figure)
+        return png(figure)
 
 
 def _square(side: float) -> tuple[Figure, Axes]:
@@ -105,7 +105,7 @@ def _cell_colors(counts: np.ndarray, colors: Theme) -> np.ndarray:
 def _label_classes(axes: Axes, class_names: Sequence[str], cell_points: float) -> None:
     step = math.ceil(len(class_names) / 100)  # labels of more classes than that would overlap
     ticks = range(0, len(class_names), step)
-    labels = [_short(_drawable(class_names[index]), 24) for index in ticks]
+    labels = [short(drawable(class_names[index]), 24) for index in ticks]
     size = min(11.0, max(6.0, 0.75 * cell_points * step))
     upright = max(len(label) for label in labels) * 0.62 * size < cell_points * step
     axes.set_xticks(ticks, labels, rotation=0 if upright else 90, fontsize=size, parse_math=False)
@@ -132,7 +132,7 @@ def curves_picture(history: Sequence[Mapping[str, Any]], theme: ThemeName = "lig
 
     colors = THEMES[theme]
     epochs = [int(row["epoch"]) for row in history]
-    with _style(colors):
+    with style(colors):
         figure = Figure(figsize=(9, 3.3), dpi=DPI)
         loss, top1 = figure.subplots(1, 2)
         figure.subplots_adjust(wspace=0.2)
@@ -150,7 +150,7 @@ def curves_picture(history: Sequence[Mapping[str, Any]], theme: ThemeName = "lig
             axes.tick_params(length=0)
             _mark_phases(axes, history, colors)
         _mark_best(top1, history, colors)
-        return _png(figure)
+        return png(figure)
 
 
 def _mark_phases(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme) -> None:
@@ -162,7 +162,7 @@ def _mark_phases(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme
         axes.axvline(start, color=colors.muted, linewidth=1, linestyle=(0, (3, 3)))
         for name, offset, side in ((before["phase"], -4, "right"), (row["phase"], 4, "left")):
             axes.annotate(
-                _drawable(str(name)),
+                drawable(str(name)),
                 (start, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(offset, 4),
@@ -259,14 +259,14 @@ def quantization_picture(record: Mapping[str, Any], theme: ThemeName = "light") 
     variant_colors = _variant_colors(colors)
     engines = list(dict.fromkeys(point.engine for point in shown.points))
     markers = dict(zip(engines, (MARKERS * len(engines))[: len(engines)], strict=True))
-    with _style(colors):
+    with style(colors):
         figure = Figure(figsize=(7, 4), dpi=DPI)
         axes = figure.add_axes((0, 0, 1, 1))
         for limit in shown.limits:
             axes.axhline(limit, color=colors.muted, linewidth=1, linestyle=DASHES, zorder=1)
         for point in shown.points:
             _draw_point(axes, point, markers[point.engine], variant_colors[point.variant], colors)
-        axes.set_title(f"{_short(_drawable(record['metric']), 40)}, %", pad=14, **_title(colors))
+        axes.set_title(f"{short(drawable(record['metric']), 40)}, %", pad=14, **title_style(colors))
         axes.set_xlabel(shown.x_label)
         _set_x_axis(axes, [point.x for point in shown.points])
         axes.margins(y=0.12)
@@ -276,7 +276,7 @@ def quantization_picture(record: Mapping[str, Any], theme: ThemeName = "light") 
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(which="both", length=0)
         _add_keys(axes, shown, markers, colors)
-        return _png(figure)
+        return png(figure)
 
 
 DASHES = (0, (4, 3))  # of a limit
@@ -326,7 +326,7 @@ def _add_keys(axes: Axes, shown: Tradeoff, markers: Mapping[str, str], colors: T
     drawn = {point.variant for point in shown.points}
     keys = [key(name, "o", **_marker(color)) for name, color in _variant_colors(colors).items() if name in drawn]
     keys.append(key("", "none"))
-    keys += [key(_short(_drawable(name), 28), marker, **_marker(colors.muted)) for name, marker in markers.items()]
+    keys += [key(short(drawable(name), 28), marker, **_marker(colors.muted)) for name, marker in markers.items()]
     keys.append(key("", "none"))
     if any(point.is_shipped for point in shown.points):
         keys.append(key("what a bundle gets", "o", **_ring(colors, 12)))
@@ -372,17 +372,17 @@ def sensitivity_picture(record: Mapping[str, Any], theme: ThemeName = "light") -
     from matplotlib.figure import Figure
 
     colors, shown = THEMES[theme], float_layers(record)
-    with _style(colors):
+    with style(colors):
         figure = Figure(figsize=(9, 3.3), dpi=DPI)
         figure.subplots_adjust(wspace=0.2)
         panels = figure.subplots(1, 2 if shown.timed else 1, squeeze=False)[0]
         drops = tuple(zip(shown.counts, shown.drops, strict=True))
         _draw_steps(panels[0], drops, record["max_drop"], shown.chosen, colors.wrong, colors)
-        panels[0].set_title(f"drop, points of {_short(_drawable(record['metric']), 20)}", **_title(colors))
+        panels[0].set_title(f"drop, points of {short(drawable(record['metric']), 20)}", **title_style(colors))
         if shown.timed:
             _draw_steps(panels[1], shown.timed, 1.0, shown.chosen, colors.right, colors)
-            panels[1].set_title("time / fp32's time", **_title(colors))
-        return _png(figure)
+            panels[1].set_title("time / fp32's time", **title_style(colors))
+        return png(figure)
 
 
 def _draw_steps(
@@ -408,7 +408,8 @@ def _draw_steps(
             axes.set_title(text, loc="right", color=colors.muted, fontsize=10)
 
 
-def _title(colors: Theme) -> dict[str, Any]:
+def title_style(colors: Theme) -> dict[str, Any]:
+    """How the title of one panel is written: left, in ink, and no mathematics is read into it."""
     return {"loc": "left", "color": colors.ink, "fontsize": 11, "parse_math": False}
 
 
@@ -423,7 +424,7 @@ def contact_sheet(mistakes: Sequence[Mapping[str, Any]]) -> bytes:
     columns = min(4, len(mistakes))
     rows = -(-len(mistakes) // 4)
     width, height = (gap + columns * (side + gap), gap + rows * (side + text_height + gap)) if mistakes else (460, 90)
-    with _style(colors):
+    with style(colors):
         figure = Figure(figsize=(width / 100, height / 100), dpi=100)
         canvas = np.full((height, width, 3), 255, np.uint8)
         for index, mistake in enumerate(mistakes):
@@ -443,7 +444,7 @@ def contact_sheet(mistakes: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _caption(mistake: Mapping[str, Any]) -> str:
-    label, predicted = _short(_drawable(mistake["label"]), 26), _short(_drawable(mistake["predicted"]), 16)
+    label, predicted = short(drawable(mistake["label"]), 26), short(drawable(mistake["predicted"]), 16)
     return f"{label}\n→ {predicted}  {100 * mistake['score']:.0f} %"
 
 
@@ -472,7 +473,7 @@ def fitted(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(cv2.resize(image, size, interpolation=method))
 
 
-def _style(colors: Theme) -> AbstractContextManager[None]:
+def style(colors: Theme) -> AbstractContextManager[None]:
     """matplotlib's own defaults, whatever the user's matplotlibrc says, in the theme's colours."""
     import matplotlib.style
 
@@ -493,7 +494,8 @@ def _style(colors: Theme) -> AbstractContextManager[None]:
     return matplotlib.style.context(settings, after_reset=True)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG, cut to what is drawn."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
     return buffer.getvalue()
@@ -516,7 +518,7 @@ def _glyphs() -> frozenset[int]:
     return frozenset(code for file in files for code in get_font(file).get_charmap())
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """The text with a code such as \\u732b for each character that no font here has.
 
     (matplotlib would warn and draw the same box for each.)
@@ -525,5 +527,6 @@ def _drawable(text: str) -> str:
     return "".join(c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in words)
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
+    """The text, at most `length` characters: where it is longer, its start and a "…"."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -1060,16 +1060,18 @@ def _power_w(system: Path) -> float | None:
     return None
 
 
+PERCENTILES = {"p50": 1, "p90": 64, "p99": 662}  # the samples that each needs
+
+
 def percentiles(samples: Sequence[float]) -> dict[str, float | None]:
     """p50 always; p90 from 64 samples and p99 from 662, else None.
 
     From there on two samples or more lie above the true percentile with 99 % confidence, so that one stray sample
     does not make the figure: p ** n + n * (1 - p) * p ** (n - 1) ≤ 1 % at n = 64 for p = 0.9 and 662 for p = 0.99.
     """
-    floors = {"p50": 1, "p90": 64, "p99": 662}
     return {
-        name: float(np.percentile(samples, int(name[1:]))) if len(samples) >= floor else None
-        for name, floor in floors.items()
+        name: float(np.percentile(samples, int(name[1:]))) if len(samples) >= needed else None
+        for name, needed in PERCENTILES.items()
     }
 
 

@@ -14,14 +14,19 @@ NOUNS = {
     "artifacts",
     "backbones",
     "batches",
+    "blocks",
     "compiling",
     "cuda_layers",
     "cuda_wheel",
     "datasets",
     "demo",
+    "device",
     "doctor",
     "environments",
     "fake_quantization",
+    "latency",
+    "latency_files",
+    "latency_pictures",
     "launch",
     "opencv",
     "parity",
@@ -29,13 +34,16 @@ NOUNS = {
     "plugin",
     "preflight",
     "progress",
+    "receiver",
     "recipe",
     "report",
     "targets",
     "timing",
     "turns",
+    "verdict",
+    "worker",
 }
-STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle"}
+STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle", "compare"}
 TASKS = {"tasks", "tasks.classify"}
 
 # What each module may import from edgekit, beside itself. "" is edgekit/__init__.py (the version).
@@ -53,6 +61,14 @@ ALLOWED = {
     "environments": LAYER_0,
     "fake_quantization": LAYER_0,
     "arm64": LAYER_0 | {"artifacts", "environments"},
+    "device": LAYER_0 | {"launch", "receiver"},
+    "receiver": set(),
+    "latency": LAYER_0,
+    "verdict": LAYER_0,
+    "worker": LAYER_0,
+    "blocks": LAYER_0 | {"latency", "verdict"},
+    "latency_files": LAYER_0 | {"artifacts", "latency", "latency_pictures"},
+    "latency_pictures": LAYER_0 | {"latency", "pictures"},
     "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only

@@ -1,0 +1,192 @@
+"""The pictures of latency: how a run's samples are spread, and what a comparison saw block by block."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgekit import runner
+from edgekit.latency import Case, Comparison, LatencyRun
+from edgekit.pictures import DASHES, DPI, THEMES, Theme, ThemeName, drawable, png, short, style, title_style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TAIL = 5.0  # interquartile ranges above the third quartile: what lies beyond would press the rest into a corner
+BINS = (16, 60)
+LABEL = 12  # points from one row of labels to the next
+CROWDED = 0.1  # of the axis' width: labels nearer than that overlap
+
+
+def ms_text(milliseconds: float) -> str:
+    """Three significant digits, never in powers of ten: "0.0215", "12.3", "1234"."""
+    if milliseconds == 0 or not math.isfinite(milliseconds):
+        return f"{milliseconds:.0f}"
+    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(abs(milliseconds))))}f}"
+
+
+def share_text(change: float | None) -> str:
+    """0.0712 → "+7.1 %"; None → "-"; never "-0.0 %"."""
+    if change is None:
+        return "-"
+    return f"{round(100 * change, 1) + 0.0:+.1f} %"
+
+
+def latency_picture(record: LatencyRun | Comparison, theme: ThemeName = "light") -> bytes:
+    """A PNG. Of a run: the histogram of end_to_end, with its percentiles. Of a comparison, a row a gated case: the
+    change in each block, in time order, with the limit and the 99 % interval, and both bundles' slice medians.
+
+    Where there is no sample, a picture that says so.
+    """
+    colors = THEMES[theme]
+    with style(colors):
+        if isinstance(record, LatencyRun):
+            samples = record.samples_ms.get("end_to_end", ())
+            return _run_picture(record, samples, colors) if samples else _empty_picture("end_to_end was not measured")
+        cases = [case for case in record.cases if case.log_ratios or case.base_ms or case.candidate_ms]
+        return _comparison_picture(record, cases, colors) if cases else _empty_picture(record.reason)
+
+
+def _empty_picture(reason: str) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.2), dpi=DPI)
+    lines = textwrap.wrap(drawable(f"Nothing was measured: {reason}"), 90, max_lines=3, placeholder=" …")
+    figure.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", parse_math=False)
+    return png(figure)
+
+
+def shown_until(samples_ms: Sequence[float]) -> float:
+    """Where a histogram's x axis ends: at the largest sample that is not of a long tail (TAIL)."""
+    q1, q3 = np.percentile(samples_ms, (25, 75))
+    fence = float(q3 + TAIL * max(q3 - q1, 0.005 * q3))
+    return max(float(ms) for ms in samples_ms if ms <= fence)
+
+
+def _edges(samples_ms: Sequence[float], end: float) -> list[float]:
+    """Bins by the rule of Freedman and Diaconis (1981), within BINS; at least a thousandth of the value wide in all."""
+    values = np.asarray(samples_ms)
+    values = values[values <= end]
+    low, high = float(values.min()), max(end, float(values.min()) * 1.001 + 1e-9)
+    q1, q3 = np.percentile(values, (25, 75))
+    width = 2 * (q3 - q1) / np.cbrt(len(values))
+    count = math.ceil((high - low) / width) if width > 0 else BINS[0]
+    return [float(edge) for edge in np.linspace(low, high, min(max(count, BINS[0]), BINS[1]) + 1)]
+
+
+def _run_picture(record: LatencyRun, samples: Sequence[float], colors: Theme) -> bytes:
+    from matplotlib.figure import Figure
+
+    end = shown_until(samples)
+    figure = Figure(figsize=(8, 3.4), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.hist(samples, bins=_edges(samples, end), color=colors.right, alpha=0.85)
+    marks = {name: ms for name, ms in runner.percentiles(samples).items() if ms is not None}
+    rows = _mark_values(axes, [(ms, f"{name} {ms_text(ms)}") for name, ms in marks.items() if ms <= end], colors)
+    notes = [f"{name} {ms_text(ms)} ms, beyond" for name, ms in marks.items() if ms > end]
+    if beyond := sum(ms > end for ms in samples):
+        notes.append(f"{beyond} of {len(samples)} beyond {ms_text(end)} ms, up to {ms_text(max(samples))} ms")
+    _plain_axes(axes, colors)
+    name = drawable(f"{record.subject.name}-{record.subject.target}, {record.subject.precision}")
+    axes.set_title(
+        f"{short(name, 48)}: {len(samples)} images, end to end", pad=14 + LABEL * rows, **title_style(colors)
+    )
+    axes.set_xlabel("; ".join(["milliseconds, from file to answer", *notes]))
+    return png(figure)
+
+
+def _mark_values(axes: Axes, marks: Sequence[tuple[float, str]], colors: Theme) -> int:
+    """An upright line a value, in rising order, and its name above the axes; → how many rows the names took.
+
+    A name that would run into the one before goes into the row above it.
+    """
+    low, high = axes.get_xlim()
+    row, before = 0, -math.inf
+    rows = []
+    for value, text in marks:
+        place = (value - low) / (high - low)
+        row = row + 1 if place - before < CROWDED else 0
+        before = place
+        rows.append(row)
+        axes.axvline(value, color=colors.ink, linewidth=1.2, linestyle=DASHES if rows[1:] else "-")
+        axes.annotate(
+            text,
+            (value, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 5 + LABEL * row),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=colors.ink,
+        )
+    return max(rows, default=-1) + 1
+
+
+def _plain_axes(axes: Axes, colors: Theme) -> None:
+    axes.grid(axis="y", color=colors.line, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _comparison_picture(record: Comparison, cases: Sequence[Case], colors: Theme) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.9 * len(cases)), dpi=DPI)
+    figure.subplots_adjust(wspace=0.16, hspace=0.6)
+    panels = figure.subplots(len(cases), 2, squeeze=False)
+    for row, case in zip(panels, cases, strict=True):
+        _draw_blocks(row[0], record, case, colors)
+        _draw_medians(row[1], record, case, colors)
+    return png(figure)
+
+
+def _draw_blocks(axes: Axes, record: Comparison, case: Case, colors: Theme) -> None:
+    """A dot a block; a band from `low` to `high`; a line at the change, at 0 and at the limit."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    changes = [100 * math.expm1(ratio) for ratio in case.log_ratios]
+    places = range(1, len(changes) + 1)
+    limit = 100 * record.fail_if
+    axes.axhline(0, color=colors.muted, linewidth=1)
+    axes.axhline(limit, color=colors.wrong, linewidth=1.2, linestyle=DASHES)
+    if case.low is not None and case.high is not None:
+        axes.axhspan(100 * case.low, 100 * case.high, color=colors.right, alpha=0.16, linewidth=0)
+    if case.change is not None:
+        axes.axhline(100 * case.change, color=colors.right, linewidth=1.2)
+    axes.plot(places, changes, "o", color=colors.right, markersize=5)
+    _plain_axes(axes, colors)
+    axes.set_xlim(0.5, max(len(changes), 1) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g} %" if value else "0 %"))
+    axes.margins(y=0.12)
+    limit_text = share_text(record.fail_if)
+    axes.set_xlabel(f"block, in time order; dashed: limit {limit_text}; band: 99 % interval", fontsize=9)
+    title = f"{drawable(case.name)}: {case.verdict}"
+    change = "" if case.change is None else f", {share_text(case.change)}"
+    axes.set_title(f"{short(title, 30)}{change}", **title_style(colors))
+
+
+def _draw_medians(axes: Axes, record: Comparison, case: Case, colors: Theme) -> None:
+    """Both bundles' slice medians, one histogram over the other, in the same bins."""
+    from matplotlib.ticker import MaxNLocator
+
+    arms = ((case.base_ms, "baseline", colors.muted), (case.candidate_ms, "candidate", colors.right))
+    both, note = [*case.base_ms, *case.candidate_ms], ""
+    if both:
+        end = shown_until(both)
+        edges = _edges(both, end)
+        for samples, name, color in arms:
+            axes.hist(samples, bins=edges, color=color, alpha=0.5, label=name)
+        if beyond := sum(ms > end for ms in both):
+            note = f"; {beyond} beyond, up to {ms_text(max(both))}"
+        legend = axes.legend(loc="lower left", ncols=2, frameon=False, labelcolor=colors.ink, fontsize=10)
+        legend.set_bbox_to_anchor((-0.02, 0.98))  # above the axes, where no bar can be
+    _plain_axes(axes, colors)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    clock = {"cpu": "CPU", "wall": "wall"}[record.clock]
+    axes.set_xlabel(f"milliseconds of {clock} time, a median a slice{note}", fontsize=9)
