@@ -9,7 +9,6 @@ Both bundles run here, now, side by side: a figure from another machine or anoth
 from __future__ import annotations
 
 import math
-import platform
 import random
 import secrets
 import statistics
@@ -20,10 +19,11 @@ from pathlib import Path
 
 from edgekit import runner, verdict
 from edgekit.blocks import ARMS, PROFILES, Arm, Block, Plan, Profile, Start, incomparable, run_block
+from edgekit.device import Device, Placed, command, here, place
 from edgekit.errors import UsageError
 from edgekit.latency import GATES, Case, Clock, Comparison, LatencyRun, Subject, Verdict, subject_of
-from edgekit.launch import run_py
 from edgekit.worker import Worker
+from edgekit.workload import changes, read_workload
 
 MAX_REJECTED = 8  # blocks; a device that is so unsteady gives no answer
 Progress = Callable[[str, int, int], None]  # (what is done, done, total)
@@ -67,28 +67,28 @@ def compare(
     candidate: Path,
     question: Question,
     *,
+    device: Device | None = None,
     allow_fallback: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Comparison:
-    """Compares two bundle folders on this machine, on the baseline's check images.
+    """Compares two bundle folders on a device (None: this machine), on the baseline's check images.
 
-    A network on a GPU is judged by wall time, whatever the profile: the CPU waits for it.
-    Raises ArtifactError or RunnerError where one of them cannot run here.
+    A network on a GPU is judged by wall time, whatever the profile: the CPU only waits for it.
+    Raises ArtifactError, RunnerError or SetupError where one of them cannot run there.
     """
-    manifests = [runner.read_manifest(base), runner.read_manifest(candidate)]
+    device = device or here()
+    manifests = [runner.read_manifest(bundle) for bundle in (base, candidate)]
     if any(manifest["backend"].startswith("cuda") for manifest in manifests):
         question = replace(question, profile=replace(question.profile, clock="wall"))
     profile = question.profile
-    options = ["--images", str(base.resolve())]
+    placed: dict[Arm, Placed] = {arm: place(device, path) for arm, path in zip(ARMS, (base, candidate), strict=True)}
+    options = ["--images", placed["A"].folder]
     options += [] if profile.threads is None else ["--threads", str(profile.threads)]
     options += ["--pin"] if profile.pinned else []
     options += ["--allow-fallback"] if allow_fallback else []
-    commands: dict[Arm, list[str]] = {
-        arm: run_py(path, "worker", *options) for arm, path in zip(ARMS, (base, candidate), strict=True)
-    }
-    evidence = gather(lambda arm: Worker(commands[arm]), question, progress=progress)
-    subjects = [subject_of(manifest, platform.node()) for manifest in manifests]
-    return conclude(evidence, question, subjects[0], subjects[1])
+    evidence = gather(lambda arm: Worker(command(placed[arm], "worker", *options)), question, progress=progress)
+    changed = changes(read_workload(base / "model.onnx"), read_workload(candidate / "model.onnx"))
+    return conclude(evidence, question, *(subject_of(manifest, device.name) for manifest in manifests), changed)
 
 
 def gather(
