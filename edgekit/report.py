@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edgekit.backbones import Backbone
     from edgekit.parity import Verdict
     from edgekit.timing import Timing
+    from edgekit.workload import Workload
 
 NOTHING = "-"  # in a cell that has no value
 NOTE_WIDTH = 26  # characters that a column of notes needs, at least
@@ -329,6 +330,27 @@ def backbones_table(rows: Sequence[Backbone], timings: Mapping[str, Timing], wid
     for index, column in enumerate(table.columns):
         column.no_wrap = index not in left  # a name or a figure on two lines is hard to read
     return table
+
+
+def workload_table(rows: Mapping[str, Workload]) -> Table:
+    """What one inference of each graph costs, a column a graph; under the table, what could not be counted of it."""
+    from edgekit.workload import amount
+
+    counted = ("QuantizeLinear", "DequantizeLinear", "Transpose")
+    titles = ["", "multiply-adds", "weights", "activations", "peak activations", "nodes", *counted]
+    columns = [
+        [
+            name,
+            amount(row.multiply_adds, ""),
+            *(amount(size, "B") for size in (row.weight_bytes, row.activation_bytes, row.peak_activation_bytes)),
+            str(sum(row.operators.values())),
+            *(str(row.operators.get(operator, 0)) for operator in counted),
+        ]
+        for name, row in rows.items()
+    ]
+    texts = [list(texts) for texts in zip(titles, *columns, strict=True)]
+    caption = "\n".join(f"not known of {name}: {line}" for name, row in rows.items() for line in row.unknown)
+    return _table(texts, title="One inference", caption=caption)
 
 
 def _width(columns: Mapping[str, list[str]], gap: int) -> int:

@@ -78,7 +78,7 @@ def test_what_a_server_sends_needs_a_hash_and_must_have_it(archive: tuple[Path, 
         opened(f"{server}/{archive[0].name}", "0" * 64),
     ):
         pass
-    with pytest.raises(ArtifactError, match="Not Found"), opened(f"{server}/no", "0" * 64):
+    with pytest.raises(ArtifactError, match="File not found"), opened(f"{server}/no", "0" * 64):
         pass
 
 

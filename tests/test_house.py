@@ -43,6 +43,7 @@ NOUNS = {
     "turns",
     "verdict",
     "worker",
+    "workload",
 }
 STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle", "compare"}
 TASKS = {"tasks", "tasks.classify"}
@@ -80,11 +81,12 @@ ALLOWED = {
     "cuda_wheel": LAYER_0 | {"compiling", "environments", "plugin"},
     "opencv": LAYER_0 | {"doctor", "plugin"},
     "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
-    "report": RECORDS | {"arm64", "artifacts", "backbones", "datasets", "parity", "pictures", "timing"},
+    "report": RECORDS | {"arm64", "artifacts", "backbones", "datasets", "parity", "pictures", "timing", "workload"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},
     "turns": LAYER_0 | {"parity"},  # its record's type only
+    "workload": LAYER_0 | {"artifacts", "launch"},
     "tasks": RECORDS | NOUNS | TASKS,
     "tasks.classify": RECORDS | NOUNS,
     "pipeline": STAGES | NOUNS | LAYER_0,
