@@ -21,7 +21,7 @@ from edgekit import runner, verdict
 from edgekit.blocks import ARMS, PROFILES, Arm, Block, Plan, Profile, Start, incomparable, run_block
 from edgekit.device import Device, Placed, command, here, place
 from edgekit.errors import UsageError
-from edgekit.latency import GATES, Case, Clock, Comparison, LatencyRun, Subject, Verdict, subject_of
+from edgekit.latency import GATES, Case, Clock, Comparison, LatencyRun, Subject, Verdict, share_text, subject_of
 from edgekit.worker import Worker
 from edgekit.workload import changes, read_workload
 
@@ -88,7 +88,8 @@ def compare(
     options += ["--allow-fallback"] if allow_fallback else []
     evidence = gather(lambda arm: Worker(command(placed[arm], "worker", *options)), question, progress=progress)
     changed = changes(read_workload(base / "model.onnx"), read_workload(candidate / "model.onnx"))
-    return conclude(evidence, question, *(subject_of(manifest, device.name) for manifest in manifests), changed)
+    subjects = [subject_of(manifest, device.name) for manifest in manifests]
+    return conclude(evidence, question, subjects[0], subjects[1], changed)
 
 
 def gather(
@@ -221,8 +222,8 @@ def _reason(
         return f"measured under different conditions: {evidence.differs}"
     if not figures:
         return evidence.stopped
-    change = percent(math.expm1(statistics.fmean(figures)))
-    change += f" (99 %: {percent(ends[0])} to {percent(ends[1])})" if ends else ""
+    change = share_text(math.expm1(statistics.fmean(figures)))
+    change += f" (99 %: {share_text(ends[0])} to {share_text(ends[1])})" if ends else ""
     allowed = f"{100 * limit:g} %"
     if verdict_ == "PASS":
         return f"{change}, which is not slower by more than {allowed}"
@@ -230,11 +231,6 @@ def _reason(
         return f"{change}, which is slower by more than {allowed}"
     spread = f", which vary by {100 * statistics.stdev(figures):.1f} %," if len(figures) > 1 else ""
     return f"{change}: " + (evidence.stopped or f"{len(figures)} blocks{spread} do not tell it from {allowed}")
-
-
-def percent(change: float) -> str:
-    """0.0312 → "+3.1 %"."""
-    return f"{100 * change:+.1f} %"
 
 
 def _overall(cases: Sequence[Case]) -> tuple[Verdict, str]:
@@ -269,7 +265,7 @@ def advise(base: LatencyRun, candidate: LatencyRun, limit: float) -> Comparison:
     differs = incomparable(base.conditions, candidate.conditions)
     cases = tuple(_advice(gate, base, candidate) for gate in ("end_to_end", *runner.STAGES) if gate in base.samples_ms)
     reason = (
-        f"end to end {percent(cases[0].change or 0.0)}. A stored measurement cannot fail a build: the same file "
+        f"end to end {share_text(cases[0].change)}. A stored measurement cannot fail a build: the same file "
         "differs by more than this from hour to hour. Keep the baseline's bundle, and compare with that"
     )
     return Comparison(

@@ -6,6 +6,7 @@ without them cannot be held against another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any, Literal
@@ -101,3 +102,21 @@ class Comparison(_Record):
     workload: tuple[str, ...]  # what changed in the graph itself: operators, multiply-adds, bytes
     warnings: tuple[str, ...]
     confirms: Comparison | None  # the first FAIL, where this is its repetition
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures as people read them
+
+
+def ms_text(milliseconds: float) -> str:
+    """Three significant digits, never in powers of ten: "0.0215", "12.3", "1234"."""
+    if milliseconds == 0 or not math.isfinite(milliseconds):
+        return f"{milliseconds:.0f}"
+    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(abs(milliseconds))))}f}"
+
+
+def share_text(change: float | None) -> str:
+    """0.0712 → "+7.1 %"; None → "-"; never "-0.0 %"."""
+    if change is None:
+        return "-"
+    return f"{round(100 * change, 1) + 0.0:+.1f} %"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
@@ -18,6 +19,7 @@ from edgekit import runner
 from edgekit.artifacts import RunFolder, read_json, write_text
 from edgekit.datasets import Problem, read_split
 from edgekit.errors import ArtifactError
+from edgekit.latency import share_text
 from edgekit.pictures import (
     THEMES,
     ThemeName,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from edgekit.arm64 import Emulated
     from edgekit.backbones import Backbone
+    from edgekit.latency import Comparison
     from edgekit.parity import Verdict
     from edgekit.timing import Timing
     from edgekit.workload import Workload
@@ -293,6 +296,25 @@ def demo_table(metrics: Mapping[str, Any], size_bytes: Mapping[str, int], latenc
     where = latency["conditions"]
     caption = f"latency: OpenCV {where['opencv']}, {where['engine']} engine, {where['threads']} threads, {where['cpu']}"
     return _table(rows, title=f"{metrics['images']} validation images", caption=caption)
+
+
+def comparison_table(found: Comparison) -> Table:
+    """What `edgekit compare` measured: a row a gate, and under what conditions."""
+    clocks = {"cpu": "CPU time", "wall": "wall time"}
+    judged, other = (clocks[name] for name in (("cpu", "wall") if found.clock == "cpu" else ("wall", "cpu")))
+    rows = [["", "baseline", "candidate", "change", "99 % sure within", "verdict", other]]
+    for case in found.cases:
+        medians = [f"{statistics.median(ms):.2f} ms" if ms else NOTHING for ms in (case.base_ms, case.candidate_ms)]
+        known = case.low is not None
+        ends = f"{share_text(case.low)} to {share_text(case.high)}" if known else NOTHING
+        rows.append([case.name, *medians, share_text(case.change), ends, case.verdict, share_text(case.other_change)])
+    here = found.conditions[1]
+    where = (
+        f"OpenCV {here['opencv']}, {here['engine']} engine, {here['backend']}, {here['threads']} threads, {here['cpu']}"
+    )
+    blocks = f"{found.blocks} pairs of processes, {len(found.rejected)} rejected, {found.seconds:.0f} s"
+    title = f"{judged}: {found.base.name}-{found.base.target} against {found.candidate.name}-{found.candidate.target}"
+    return _table(rows, title=title, caption=f"{where}; {blocks}" if found.blocks else where)
 
 
 def backbones_table(rows: Sequence[Backbone], timings: Mapping[str, Timing], width: int) -> Table:
