@@ -42,7 +42,7 @@ def subject_of(manifest: Mapping[str, Any], device: str) -> Subject:
         target=manifest["target"],
         precision=manifest["precision"],
         bundle_sha256=manifest["sha256"],
-        git_revision=manifest["provenance"]["git_revision"],
+        git_revision=manifest["provenance"].get("git_revision"),
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=device,
     )
