@@ -39,13 +39,14 @@ NOUNS = {
     "recipe",
     "report",
     "targets",
+    "threads",
     "timing",
     "turns",
     "verdict",
     "worker",
     "workload",
 }
-STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle", "compare"}
+STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle", "bench", "compare"}
 TASKS = {"tasks", "tasks.classify"}
 
 # What each module may import from edgekit, beside itself. "" is edgekit/__init__.py (the version).
@@ -72,6 +73,7 @@ ALLOWED = {
     "blocks": LAYER_0 | {"latency", "verdict"},
     "latency_files": LAYER_0 | {"artifacts", "latency", "latency_pictures"},
     "latency_pictures": LAYER_0 | {"latency", "pictures"},
+    "threads": LAYER_0 | {"device", "worker"},
     "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
@@ -81,7 +83,8 @@ ALLOWED = {
     "cuda_wheel": LAYER_0 | {"compiling", "environments", "plugin"},
     "opencv": LAYER_0 | {"doctor", "plugin"},
     "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
-    "report": RECORDS | {"arm64", "artifacts", "backbones", "datasets", "parity", "pictures", "timing", "workload"},
+    "report": RECORDS
+    | {"arm64", "artifacts", "backbones", "datasets", "latency", "parity", "pictures", "threads", "timing", "workload"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},
