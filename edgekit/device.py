@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -97,14 +98,16 @@ def place(device: Device, bundle: Path) -> Placed:
     """Brings a bundle to a device, whole or not at all, where it is not there yet.
 
     It lies in ~/.cache/edgekit/bundles/NAME-TARGET-HASH there, and goes when nothing asked for it in 30 days.
-    Raises ArtifactError where it is no whole bundle; SetupError where the device cannot be reached, has no Python, or
-    cannot take it.
+    Raises ArtifactError where it is no whole bundle; SetupError where the device cannot be reached, has no such Python,
+    or cannot take it.
     """
     try:
         manifest = runner.read_manifest(bundle)
     except runner.RunnerError as error:
         raise ArtifactError(str(error)) from None
     if not device.destination:
+        if device.python and not shutil.which(device.python):
+            raise SetupError(f"no Python at {device.python!r} on this machine: say which with --python")
         return Placed(device, bundle, str(bundle.resolve()))
     _connect(device)
     name = f"{_plain(manifest['name'])}-{_plain(manifest['target'])}-{manifest['sha256'][:12]}"
@@ -133,10 +136,9 @@ def ask(placed: Placed, *arguments: str) -> dict[str, Any]:
 
     Exit code 3, which is a fallback, is an answer too. Raises what `failure` says.
     """
-    line = command(placed, *arguments)
-    done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+    done = _run(command(placed, *arguments))
     if done.returncode not in (0, 3):
-        raise failure(placed, done.returncode, done.stderr)
+        raise failure(placed, done.returncode, done.stderr.decode(errors="replace"))
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -209,7 +211,7 @@ def _connect(device: Device) -> None:
 
 
 def _run(line: Sequence[str], data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Runs ssh to its end. Raises SetupError where there is none."""
+    """Runs a command to its end; with ssh, raises SetupError where there is none."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
             done = subprocess.run(line, input=data, stdout=out, stderr=err, check=False)

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
     from edgekit.arm64 import Emulated
     from edgekit.backbones import Backbone
-    from edgekit.latency import Comparison
+    from edgekit.latency import Comparison, LatencyRun
     from edgekit.parity import Verdict
+    from edgekit.threads import ThreadSweep
     from edgekit.timing import Timing
     from edgekit.workload import Workload
 
@@ -232,10 +233,10 @@ def float_layers_table(record: Mapping[str, Any]) -> Table | None:
     return _narrow(_table(_float_layers_rows(record), left=(3,), caption=_float_layers_caption(record)))
 
 
-def _narrow(table: Table) -> Table:
-    """The same table with one space between columns."""
+def _narrow(table: Table, gap: int = 1) -> Table:
+    """The same table with so many spaces between columns."""
     table.caption_justify = "left"
-    table.padding = (0, 0, 0, 0)
+    table.padding = (0, gap - 1, 0, 0)
     return table
 
 
@@ -272,6 +273,46 @@ def emulated_reasons(rows: Iterable[Emulated]) -> list[str]:
         if row.reason:
             cpus[row.opencv, row.reason].append(row.cpu)
     return [f"OpenCV {opencv} on {', '.join(names)}: {reason}" for (opencv, reason), names in cpus.items()]
+
+
+def latency_table(run: LatencyRun) -> Table:
+    """A row a stage, and the whole; latency_lines says the rest."""
+    rows = [["ms", "p50", "p90", "p99"]]
+    for name, samples in run.samples_ms.items():
+        rows.append([name.replace("_", " "), *(_ms(value) for value in runner.percentiles(samples).values())])
+    return _narrow(_table(rows), gap=2)
+
+
+def latency_lines(run: LatencyRun) -> list[str]:
+    """What stands under latency_table: starts, throughput, memory, energy, and the conditions of it all."""
+    starts = [("import", run.import_ms), ("load", run.load_ms), ("first image", run.first_ms)]
+    medians = ", ".join(f"{name} {np.median(values):.0f} ms" for name, values in starts)
+    count = len(run.samples_ms["end_to_end"])
+    lines = [
+        f"{medians} (medians of {len(run.first_ms)} processes)",
+        f"{count} images one by one; {_rate(run.images_per_second)} images/s with decoding beside",
+    ]
+    if run.peak_rss_bytes is not None and run.floor_rss_bytes is not None:
+        above = megabytes(run.peak_rss_bytes - run.floor_rss_bytes)
+        lines.append(f"memory: {megabytes(run.peak_rss_bytes)} at most, {above} over Python and OpenCV alone")
+    if run.energy_mj is not None:
+        lines.append(f"energy: {run.energy_mj:.1f} mJ an image, the whole board")
+    subject, where = run.subject, run.conditions
+    return [
+        *lines,
+        f"{subject.name} for {subject.target} ({subject.precision}) on {subject.device}: {where['cpu']}",
+        f"OpenCV {where['opencv']}, {where['engine']} engine, {where['backend']}, {where['precision']}, "
+        f"threads: {where['threads']}, cores: {where['cores']}",
+    ]
+
+
+def threads_table(sweep: ThreadSweep) -> Table:
+    """A row a number of threads, and which one is taken."""
+    rows = [["threads", "p50, ms", "to the fastest", ""]]
+    for row in sweep.rows:
+        note = "taken: the fewest within 2 %" if row.threads == sweep.chosen else ""
+        rows.append([str(row.threads), _ms(row.p50_ms), f"{row.ratio:.3f}", note])
+    return _narrow(_table(rows, left=(3,)), gap=2)
 
 
 def problems_table(problems: Iterable[Problem]) -> Table:

@@ -72,8 +72,10 @@ def test_here_is_the_bundle_itself(built: Path) -> None:
 
 
 def test_here_takes_another_python(built: Path) -> None:
-    placed = place(here("/opt/python"), built)
-    assert command(placed, "check") == ["/opt/python", str(built / "run.py"), "check"]
+    placed = place(here("/bin/sh"), built)  # any program will do
+    assert command(placed, "check") == ["/bin/sh", str(built / "run.py"), "check"]
+    with pytest.raises(SetupError, match="no Python at '/opt/python9' on this machine: say which with --python"):
+        place(here("/opt/python9"), built)
 
 
 def test_a_bundle_that_was_changed_is_not_placed(own: Path) -> None:

@@ -40,13 +40,14 @@ NOUNS = {
     "report",
     "targets",
     "terminal",
+    "threads",
     "timing",
     "turns",
     "verdict",
     "worker",
     "workload",
 }
-STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle", "compare"}
+STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle", "bench", "compare"}
 TASKS = {"tasks", "tasks.classify"}
 
 # What each module may import from edgekit, beside itself. "" is edgekit/__init__.py (the version).
@@ -73,6 +74,7 @@ ALLOWED = {
     "blocks": LAYER_0 | {"latency", "verdict"},
     "latency_files": LAYER_0 | {"artifacts", "latency", "latency_pictures"},
     "latency_pictures": LAYER_0 | {"latency", "pictures"},
+    "threads": LAYER_0 | {"device", "worker"},
     "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
@@ -85,7 +87,7 @@ ALLOWED = {
     "terminal": set(),
     "cli_latency": STAGES | NOUNS | LAYER_0,
     "report": RECORDS
-    | {"latency", "arm64", "artifacts", "backbones", "datasets", "parity", "pictures", "timing", "workload"},
+    | {"arm64", "artifacts", "backbones", "datasets", "latency", "parity", "pictures", "threads", "timing", "workload"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},
