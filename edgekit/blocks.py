@@ -25,8 +25,8 @@ ARMS: tuple[Arm, Arm] = ("A", "B")
 CLOCKS: tuple[Clock, Clock] = ("cpu", "wall")
 ANSWER = ("preprocess", "forward", "postprocess")
 # Of ABBA: sixteen slices an arm. Many short ones: a neighbour's burst of work, a tenth of a second long, then slows
-# both arms, or few pairs of many. Standard deviation of a block's figure, the same bundle twice on a busy machine, the time
-# in all about the same: 4 rounds of 50 ms slices 4.3 %, 8 of 20 ms 1.7 %, 16 of 10 ms 2.2 %; on a quiet one 0.7 %.
+# both arms, or few pairs of many. Standard deviation of a block's figure, one bundle twice on a busy machine, about the
+# same time in all: 4 rounds of 50 ms slices 4.3 %, 8 of 20 ms 1.7 %, 16 of 10 ms 2.2 %; on a quiet machine 0.7 %.
 ROUNDS = 8
 MIN_ITERATIONS = 3  # a slice
 WARM_UP_STEP = 5  # iterations
