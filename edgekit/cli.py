@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from edgekit import __version__
+from edgekit import __version__, cli_latency
 from edgekit.errors import ArtifactError, DataError, EdgekitError, UsageError
+from edgekit.terminal import AsJson, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,7 +51,6 @@ NONE = "-"  # a setting that has no value
 
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are.")]
 Dist = Annotated[Path, typer.Option("--dist", help="Where bundles go.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as finetune makes it (runs/NAME).")]
 DataPath = Annotated[str, typer.Argument(metavar="DATA", help="Image folder (a folder a class) or CSV (path,label).")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
@@ -123,11 +123,11 @@ def _print_demo(outcome: Outcome, latency: dict[str, Any], as_json: bool) -> Non
         "bundle": bundled.size_bytes,
     }
     if as_json:
-        _print_json(
+        print_json(
             {"run": outcome.trained.run, "bundle": bundled.path, **metrics, "size_bytes": sizes, "latency": latency}
         )
         return
-    _print_table(report.demo_table(metrics, sizes, latency))
+    print_table(report.demo_table(metrics, sizes, latency))
     rows = bundled.checked["images"]
     typer.echo(f"check: {sum(row['ok'] for row in rows)} of {len(rows)} images as trained, by the bundle's own run.py")
     typer.echo(f"report: {outcome.trained.run / 'report.html'}")
@@ -237,7 +237,7 @@ def finetune(
             show.busy(f"preparing {chosen.model.backbone}")
             done = stage(chosen, dataset, runs, opencv=versions, on_step=show.step, on_epoch=show.epoch)
     if as_json:
-        _print_json({"run": done.run, "best": vars(done.best), "epochs": len(done.history)})
+        print_json({"run": done.run, "best": vars(done.best), "epochs": len(done.history)})
         return
     early = " (stopped early: nothing better came)" if done.stopped_early else ""
     typer.echo(f"best: top-1 {100 * done.best.val_top1:.2f} % in epoch {done.best.epoch} of {len(done.history)}{early}")
@@ -332,10 +332,10 @@ def evaluate(
 
         done = stage(run, bundle, on_image=show.images)
     if as_json:
-        _print_json(done.metrics)
+        print_json(done.metrics)
         return
-    _print_table(report.metrics_table(done.metrics))
-    _print_table(report.per_class_table(done.metrics))
+    print_table(report.metrics_table(done.metrics))
+    print_table(report.per_class_table(done.metrics))
     typer.echo(f"report: {run / 'report.html'}")
 
 
@@ -366,9 +366,7 @@ def export(
 
         done = stage(run, form, progress=show.busy)
     if as_json:
-        _print_json(
-            {"model": done.model, "sha256": done.sha256, "size_bytes": done.size_bytes, "proofs": done.verdicts}
-        )
+        print_json({"model": done.model, "sha256": done.sha256, "size_bytes": done.size_bytes, "proofs": done.verdicts})
         return
     for row in done.verdicts:
         typer.echo(f"{row.engine:<16} {row.version:<10} {row.status:<8} relative error {row.relative_error:.1e}")
@@ -422,9 +420,9 @@ def verify(
 
         done = stage(run, versions or VERSIONS, progress=show.busy)
     if as_json:
-        _print_json({"run": run, "failed": done.failed, "not_proved": done.not_proved, "verdicts": done.verdicts})
+        print_json({"run": run, "failed": done.failed, "not_proved": done.not_proved, "verdicts": done.verdicts})
     else:
-        _print_table(report.verdicts_table([row for rows in done.verdicts.values() for row in rows]))
+        print_table(report.verdicts_table([row for rows in done.verdicts.values() for row in rows]))
     raise typer.Exit(1 if done.failed else 3 if done.not_proved else 0)
 
 
@@ -442,11 +440,11 @@ def _verify_bundle(bundle: Path, arch: str, cpus: tuple[str, ...], opencvs: tupl
         rows = check_on_arm64(bundle, opencvs, cpus, progress=show.busy)
     statuses = {row.status for row in rows}
     if as_json:
-        _print_json({"bundle": bundle, "arch": arch, "ok": statuses == {"ok"}, "rows": rows})
+        print_json({"bundle": bundle, "arch": arch, "ok": statuses == {"ok"}, "rows": rows})
     else:
         from edgekit import report
 
-        _print_table(report.emulated_table(rows))
+        print_table(report.emulated_table(rows))
         for reason in report.emulated_reasons(rows):
             typer.echo(reason)
     raise typer.Exit(1 if statuses & {"failed", "refused"} else 3 if "not proved" in statuses else 0)
@@ -496,14 +494,14 @@ def quantize(
 
         done = stage(run, chosen, max_drop=max_drop, images=images, method=method, progress=show.work)
     if as_json:
-        _print_json({"run": run, "passed": done.passed, **done.record})
+        print_json({"run": run, "passed": done.passed, **done.record})
     else:
-        _print_table(report.quantize_table(done.record))
+        print_table(report.quantize_table(done.record))
         for reason in done.record["not_judged"]:
             typer.echo(f"not judged on OpenCV {reason}", err=True)
         layers = report.float_layers_table(done.record)
         if layers:
-            _print_table(layers)
+            print_table(layers)
         typer.echo(f"{done.why[0].upper()}{done.why[1:]}.")
         typer.echo(f"report: {run / 'report.html'}")
         typer.echo(f"next: edgekit bundle {run} --target {target}" + ("" if done.passed else " --precision fp32"))
@@ -575,7 +573,7 @@ def bundle(
         show.stage("bundle")
         done = stage(run, chosen, dist, precision)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "bundle": done.path,
                 "archive": done.archive,
@@ -639,6 +637,11 @@ def run(
     raise typer.Exit(code)
 
 
+app.command()(cli_latency.bench)
+app.command()(cli_latency.compare)
+app.command()(cli_latency.history)
+
+
 @app.command()
 def backbones(
     names: Annotated[
@@ -678,7 +681,7 @@ def backbones(
 
                 timings = time_backbones(rows, seconds, lambda done, total: show.images("measuring", done, total))
     if as_json:
-        _print_json([_backbone_json(row, timings.get(row.name)) for row in rows])
+        print_json([_backbone_json(row, timings.get(row.name)) for row in rows])
     else:
         _print_backbones(rows, timings)
 
@@ -695,7 +698,7 @@ def _print_backbones(rows: list[Backbone], timings: dict[str, Timing]) -> None:
 
     from edgekit import report
 
-    _print_table(report.backbones_table(rows, timings, Console().width))
+    print_table(report.backbones_table(rows, timings, Console().width))
     ran = next((timing for timing in timings.values() if timing.median_ms is not None), None)
     if ran:
         typer.echo(f"latency: median, OpenCV {ran.opencv}, its fastest engine, {ran.threads} threads, {ran.cpu}")
@@ -715,7 +718,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     if as_json:
-        _print_json(findings)
+        print_json(findings)
         return
     _print_findings(findings)
 
@@ -744,7 +747,7 @@ def _list_targets(context: typer.Context, as_json: AsJson = False) -> None:
 
     chosen = [read_target(name) for name in target_names()]
     if as_json:
-        _print_json([target.model_dump(mode="json") for target in chosen])
+        print_json([target.model_dump(mode="json") for target in chosen])
         return
     for target in chosen:
         typer.echo(f"{target.name:<13} {target.backend:<13} {target.description}")
@@ -760,7 +763,7 @@ def _show_target(
 
     target = read_target(name)
     if as_json:
-        _print_json(target.model_dump(mode="json"))
+        print_json(target.model_dump(mode="json"))
         return
     for key, value in target.model_dump(mode="json").items():
         shown = [NONE] if value is None else [str(line) for line in value] if isinstance(value, list) else [str(value)]
@@ -815,7 +818,7 @@ def opencv_add_openvino(
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if as_json:
-        _print_json({**vars(found), "size_bytes": path.stat().st_size, "warnings": found.warnings})
+        print_json({**vars(found), "size_bytes": path.stat().st_size, "warnings": found.warnings})
         return
     typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     typer.echo(f"for {arch}, opencv-python-headless=={plugin.OPENCV} with openvino=={plugin.OPENVINO}")
@@ -850,7 +853,7 @@ def opencv_add_cuda(
     with display() as show:
         wheel = cuda_wheel.add_cuda(compute, jobs=jobs, progress=show.work)
     if as_json:
-        _print_json({"wheel": wheel, "size_bytes": wheel.stat().st_size, "compute_capability": compute})
+        print_json({"wheel": wheel, "size_bytes": wheel.stat().st_size, "compute_capability": compute})
         return
     typer.echo(f"{wheel} ({wheel.stat().st_size / 1e6:.1f} MB)")
     typer.echo(f"next: pip uninstall every other OpenCV, pip install --no-deps {wheel.name}, edgekit opencv check")
@@ -867,7 +870,7 @@ def opencv_check(as_json: AsJson = False) -> None:
 
     abilities = check()
     if as_json:
-        _print_json(abilities)
+        print_json(abilities)
         return
     _print_findings(abilities.findings)
 
@@ -876,7 +879,7 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
     import shlex
 
     if as_json:
-        _print_json({**vars(plan), "variables": dict(plan.variables)})
+        print_json({**vars(plan), "variables": dict(plan.variables)})
         return
     typer.echo(f"{plan.what}, {plan.minutes}, {plan.disk_bytes / 1e9:.1f} GB while it is built")
     for fetched in plan.fetches:
@@ -887,20 +890,6 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
         if command:
             typer.echo(f"{verb:<8} {shlex.join(command)}")
     typer.echo(f"makes    {plan.result}")
-
-
-def _print_table(table: object) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, default=_plain, ensure_ascii=False))
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else vars(value)
 
 
 def main() -> None:

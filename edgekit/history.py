@@ -1,7 +1,7 @@
 """Latency over commits: the records under a folder, as series of what can be held against each other.
 
 Two figures are of one series where bundle, precision, device and all that a figure depends on are the same: CPU, OpenCV
-and its build, engine, threads. Where a level changes inside a series, change_points says so.
+and its build, engine, threads, Python. Where a level changes inside a series, change_points says so.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ from pydantic import BaseModel, ConfigDict
 
 from edgekit import runner
 from edgekit.artifacts import write_bytes, write_json, write_text
+from edgekit.blocks import SAME
 from edgekit.change_points import change_points
 from edgekit.errors import ArtifactError, UsageError
-from edgekit.latency import Clock, Comparison, LatencyRun
-from edgekit.latency_files import CLOCKS, OTHER_JSON, Record, bundle_name, read_latency_json, short_revision, subject_of
-from edgekit.latency_pictures import ms_text, share_text
+from edgekit.latency import Clock, Comparison, LatencyRun, ms_text, share_text
+from edgekit.latency_files import (
+    CLOCKS,
+    OTHER_JSON,
+    Record,
+    bundle_name,
+    measured_subject,
+    read_latency_json,
+    short_revision,
+)
 from edgekit.markdown import bullets, details, table
 
 DEFAULT_STAGE = "end_to_end"
 STAGES = (*runner.STAGES, DEFAULT_STAGE, "answer")  # "answer" is of comparisons only, end_to_end of runs only
-COMPARABLE = ("cpu", "cpu_features", "machine", "opencv", "opencv_build", "engine", "backend", "threads", "precision")
+COMPARABLE = (*SAME, "precision")  # by the rule that `edgekit compare` goes by
 FILES = ("history.json", "history.md", "history.png")
 
 
@@ -70,7 +78,7 @@ class History(_Record):
 
     stage: str
     series: tuple[Series, ...]  # by bundle, device and conditions
-    skipped: tuple[str, ...]  # a line a file that is no point of it: which, and why
+    warnings: tuple[str, ...]  # a line a file that is no point of it: which, and why
 
 
 def read_history(folder: Path, stage: str = DEFAULT_STAGE) -> History:
@@ -101,7 +109,7 @@ def read_history(folder: Path, stage: str = DEFAULT_STAGE) -> History:
             skipped.append(f"{name}: the same measurement as {twin.file}")
         else:
             found[key].append((moment, point))
-    return History(stage=stage, series=tuple(_series(*item) for item in sorted(found.items())), skipped=tuple(skipped))
+    return History(stage=stage, series=tuple(_series(*item) for item in sorted(found.items())), warnings=tuple(skipped))
 
 
 def _json_files(folder: Path) -> list[Path]:
@@ -116,7 +124,7 @@ _Key = tuple[str, str, str, str, str, tuple[tuple[str, str], ...]]  # bundle, de
 
 def _point(record: Record, stage: str, file: str) -> tuple[_Key, datetime, Point]:
     """Raises ArtifactError where the record has no figure of that stage, or no time that can be ordered."""
-    subject = subject_of(record)
+    subject = measured_subject(record)
     samples, measured, clock, conditions = _measured(record, stage)
     moment = _moment(subject.measured_at)
     known = tuple((name, str(conditions[name])) for name in COMPARABLE if conditions.get(name) not in (None, ""))
@@ -235,7 +243,7 @@ def history_markdown(history: History) -> str:
         f"## Latency over commits: {history.stage.replace('_', ' ')}",
         table(HEADER, history_rows(history), left=(1, 2, 5)) or "No file has a figure of it.",
         f"{CAPTION}." if history.series else "",
-        details(f"Left out: {len(history.skipped)}", bullets("Files without a point", history.skipped)),
+        details(f"Left out: {len(history.warnings)}", bullets("Files without a point", history.warnings)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -6,6 +6,9 @@ without them cannot be held against another.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +33,19 @@ class Subject(_Record):
     git_revision: str | None  # of the working tree that it was built in
     measured_at: str  # ISO 8601, UTC
     device: str  # host name, or user@host
+
+
+def subject_of(manifest: Mapping[str, Any], device: str) -> Subject:
+    """A bundle's manifest, measured now, on this device."""
+    return Subject(
+        name=manifest["name"],
+        target=manifest["target"],
+        precision=manifest["precision"],
+        bundle_sha256=manifest["sha256"],
+        git_revision=manifest["provenance"].get("git_revision"),
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        device=device,
+    )
 
 
 class LatencyRun(_Record):
@@ -86,3 +102,21 @@ class Comparison(_Record):
     workload: tuple[str, ...]  # what changed in the graph itself: operators, multiply-adds, bytes
     warnings: tuple[str, ...]
     confirms: Comparison | None  # the first FAIL, where this is its repetition
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures as people read them
+
+
+def ms_text(milliseconds: float) -> str:
+    """Three significant digits, never in powers of ten: "0.0215", "12.3", "1234"."""
+    if milliseconds == 0 or not math.isfinite(milliseconds):
+        return f"{milliseconds:.0f}"
+    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(abs(milliseconds))))}f}"
+
+
+def share_text(change: float | None) -> str:
+    """0.0712 → "+7.1 %"; None → "-"; never "-0.0 %"."""
+    if change is None:
+        return "-"
+    return f"{round(100 * change, 1) + 0.0:+.1f} %"

@@ -23,8 +23,8 @@ from pydantic import ValidationError
 from edgekit import runner
 from edgekit.artifacts import read_json, write_bytes, write_json, write_text
 from edgekit.errors import ArtifactError
-from edgekit.latency import Case, Clock, Comparison, LatencyRun, Subject
-from edgekit.latency_pictures import latency_picture, ms_text, share_text
+from edgekit.latency import Case, Clock, Comparison, LatencyRun, Subject, ms_text, share_text
+from edgekit.latency_pictures import latency_picture
 from edgekit.markdown import bullets, details, plain, table
 
 Record = LatencyRun | Comparison
@@ -45,7 +45,7 @@ def bundle_name(subject: Subject) -> str:
     return f"{subject.name}-{subject.target}"
 
 
-def subject_of(record: Record) -> Subject:
+def measured_subject(record: Record) -> Subject:
     """The bundle that a record is about; of a comparison the candidate."""
     return record.subject if isinstance(record, LatencyRun) else record.candidate
 
@@ -66,7 +66,7 @@ class _Row:
 
 def _rows(record: Record) -> Iterator[_Row]:
     """Whatever has a sample, in the record's order."""
-    group = bundle_name(subject_of(record))
+    group = bundle_name(measured_subject(record))
     if isinstance(record, LatencyRun):
         yield from (_Row(group, {"stage": name}, "wall", ms) for name, ms in record.samples_ms.items() if ms)
         return
@@ -99,11 +99,11 @@ def latency_json(record: Record) -> dict[str, Any]:
         benchmarks[0]["extra_info"]["edgekit"]["record"] = whole["record"]
     conditions = record.conditions if isinstance(record, LatencyRun) else record.conditions[1]
     return {
-        "machine_info": _machine_info(subject_of(record), conditions),
-        "commit_info": _commit_info(subject_of(record)),
+        "machine_info": _machine_info(measured_subject(record), conditions),
+        "commit_info": _commit_info(measured_subject(record)),
         **({} if benchmarks else {"extra_info": {"edgekit": whole}}),
         "benchmarks": benchmarks,
-        "datetime": subject_of(record).measured_at,
+        "datetime": measured_subject(record).measured_at,
         "version": PYTEST_BENCHMARK,
     }
 
@@ -530,7 +530,7 @@ def _under(record: Record) -> str:
     """One sentence of what matters most; where the arms of a comparison differ, their difference."""
     shown = dict(_shown_conditions(record))
     words = {"opencv": "OpenCV {}", "engine": "{} engine", "backend": "{}", "precision": "{}", "threads": "threads: {}"}
-    parts = [f"on {subject_of(record).device}", *(words[key].format(shown[key]) for key in words if key in shown)]
+    parts = [f"on {measured_subject(record).device}", *(words[key].format(shown[key]) for key in words if key in shown)]
     parts += [shown["cpu"]] if "cpu" in shown else []
     differing = [f"{key} {value}" for key, value in shown.items() if ARROW in value and key not in words]
     return plain(f"Measured {', '.join([*parts, *differing])}.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgekit import runner
-from edgekit.latency import Case, Comparison, LatencyRun
+from edgekit.latency import Case, Comparison, LatencyRun, ms_text, share_text
 from edgekit.pictures import DASHES, DPI, THEMES, Theme, ThemeName, drawable, png, short, style, title_style
 
 if TYPE_CHECKING:
@@ -26,20 +26,6 @@ CROWDED = 0.1  # of the axis' width: labels nearer than that overlap
 MAX_PANELS = 24  # of a history: a picture of more is too tall to be shown
 MAX_NAMES = 30  # of commits below a panel
 CALM = 0.05  # of a series' level: y spans at least that much to either side, so that noise does not look like news
-
-
-def ms_text(milliseconds: float) -> str:
-    """Three significant digits, never in powers of ten: "0.0215", "12.3", "1234"."""
-    if milliseconds == 0 or not math.isfinite(milliseconds):
-        return f"{milliseconds:.0f}"
-    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(abs(milliseconds))))}f}"
-
-
-def share_text(change: float | None) -> str:
-    """0.0712 → "+7.1 %"; None → "-"; never "-0.0 %"."""
-    if change is None:
-        return "-"
-    return f"{round(100 * change, 1) + 0.0:+.1f} %"
 
 
 def latency_picture(record: LatencyRun | Comparison, theme: ThemeName = "light") -> bytes:

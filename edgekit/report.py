@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
@@ -19,6 +20,7 @@ from edgekit.artifacts import RunFolder, read_json, write_text
 from edgekit.datasets import Problem, read_split
 from edgekit.errors import ArtifactError
 from edgekit.history import CAPTION, HEADER, History, history_rows
+from edgekit.latency import share_text
 from edgekit.pictures import (
     THEMES,
     ThemeName,
@@ -38,8 +40,11 @@ if TYPE_CHECKING:
 
     from edgekit.arm64 import Emulated
     from edgekit.backbones import Backbone
+    from edgekit.latency import Comparison, LatencyRun
     from edgekit.parity import Verdict
+    from edgekit.threads import ThreadSweep
     from edgekit.timing import Timing
+    from edgekit.workload import Workload
 
 NOTHING = "-"  # in a cell that has no value
 NOTE_WIDTH = 26  # characters that a column of notes needs, at least
@@ -229,10 +234,10 @@ def float_layers_table(record: Mapping[str, Any]) -> Table | None:
     return _narrow(_table(_float_layers_rows(record), left=(3,), caption=_float_layers_caption(record)))
 
 
-def _narrow(table: Table) -> Table:
-    """The same table with one space between columns."""
+def _narrow(table: Table, gap: int = 1) -> Table:
+    """The same table with so many spaces between columns."""
     table.caption_justify = "left"
-    table.padding = (0, 0, 0, 0)
+    table.padding = (0, gap - 1, 0, 0)
     return table
 
 
@@ -271,6 +276,46 @@ def emulated_reasons(rows: Iterable[Emulated]) -> list[str]:
     return [f"OpenCV {opencv} on {', '.join(names)}: {reason}" for (opencv, reason), names in cpus.items()]
 
 
+def latency_table(run: LatencyRun) -> Table:
+    """A row a stage, and the whole; latency_lines says the rest."""
+    rows = [["ms", "p50", "p90", "p99"]]
+    for name, samples in run.samples_ms.items():
+        rows.append([name.replace("_", " "), *(_ms(value) for value in runner.percentiles(samples).values())])
+    return _narrow(_table(rows), gap=2)
+
+
+def latency_lines(run: LatencyRun) -> list[str]:
+    """What stands under latency_table: starts, throughput, memory, energy, and the conditions of it all."""
+    starts = [("import", run.import_ms), ("load", run.load_ms), ("first image", run.first_ms)]
+    medians = ", ".join(f"{name} {np.median(values):.0f} ms" for name, values in starts)
+    count = len(run.samples_ms["end_to_end"])
+    lines = [
+        f"{medians} (medians of {len(run.first_ms)} processes)",
+        f"{count} images one by one; {_rate(run.images_per_second)} images/s with decoding beside",
+    ]
+    if run.peak_rss_bytes is not None and run.floor_rss_bytes is not None:
+        above = megabytes(run.peak_rss_bytes - run.floor_rss_bytes)
+        lines.append(f"memory: {megabytes(run.peak_rss_bytes)} at most, {above} over Python and OpenCV alone")
+    if run.energy_mj is not None:
+        lines.append(f"energy: {run.energy_mj:.1f} mJ an image, the whole board")
+    subject, where = run.subject, run.conditions
+    return [
+        *lines,
+        f"{subject.name} for {subject.target} ({subject.precision}) on {subject.device}: {where['cpu']}",
+        f"OpenCV {where['opencv']}, {where['engine']} engine, {where['backend']}, {where['precision']}, "
+        f"threads: {where['threads']}, cores: {where['cores']}",
+    ]
+
+
+def threads_table(sweep: ThreadSweep) -> Table:
+    """A row a number of threads, and which one is taken."""
+    rows = [["threads", "p50, ms", "to the fastest", ""]]
+    for row in sweep.rows:
+        note = "taken: the fewest within 2 %" if row.threads == sweep.chosen else ""
+        rows.append([str(row.threads), _ms(row.p50_ms), f"{row.ratio:.3f}", note])
+    return _narrow(_table(rows, left=(3,)), gap=2)
+
+
 def problems_table(problems: Iterable[Problem]) -> Table:
     """What the data check found, a row a kind: how many, whether it stops training, and one example."""
     kinds: dict[tuple[bool, str], list[Problem]] = defaultdict(list)
@@ -293,6 +338,25 @@ def demo_table(metrics: Mapping[str, Any], size_bytes: Mapping[str, int], latenc
     where = latency["conditions"]
     caption = f"latency: OpenCV {where['opencv']}, {where['engine']} engine, {where['threads']} threads, {where['cpu']}"
     return _table(rows, title=f"{metrics['images']} validation images", caption=caption)
+
+
+def comparison_table(found: Comparison) -> Table:
+    """What `edgekit compare` measured: a row a gate, and under what conditions."""
+    clocks = {"cpu": "CPU time", "wall": "wall time"}
+    judged, other = (clocks[name] for name in (("cpu", "wall") if found.clock == "cpu" else ("wall", "cpu")))
+    rows = [["", "baseline", "candidate", "change", "99 % sure within", "verdict", other]]
+    for case in found.cases:
+        medians = [f"{statistics.median(ms):.2f} ms" if ms else NOTHING for ms in (case.base_ms, case.candidate_ms)]
+        known = case.low is not None
+        ends = f"{share_text(case.low)} to {share_text(case.high)}" if known else NOTHING
+        rows.append([case.name, *medians, share_text(case.change), ends, case.verdict, share_text(case.other_change)])
+    here = found.conditions[1]
+    where = (
+        f"OpenCV {here['opencv']}, {here['engine']} engine, {here['backend']}, {here['threads']} threads, {here['cpu']}"
+    )
+    blocks = f"{found.blocks} pairs of processes, {len(found.rejected)} rejected, {found.seconds:.0f} s"
+    title = f"{judged}: {found.base.name}-{found.base.target} against {found.candidate.name}-{found.candidate.target}"
+    return _table(rows, title=title, caption=f"{where}; {blocks}" if found.blocks else where)
 
 
 def backbones_table(rows: Sequence[Backbone], timings: Mapping[str, Timing], width: int) -> Table:
@@ -330,6 +394,27 @@ def backbones_table(rows: Sequence[Backbone], timings: Mapping[str, Timing], wid
     for index, column in enumerate(table.columns):
         column.no_wrap = index not in left  # a name or a figure on two lines is hard to read
     return table
+
+
+def workload_table(rows: Mapping[str, Workload]) -> Table:
+    """What one inference of each graph costs, a column a graph; under the table, what could not be counted of it."""
+    from edgekit.workload import amount
+
+    counted = ("QuantizeLinear", "DequantizeLinear", "Transpose")
+    titles = ["", "multiply-adds", "weights", "activations", "peak activations", "nodes", *counted]
+    columns = [
+        [
+            name,
+            amount(row.multiply_adds, ""),
+            *(amount(size, "B") for size in (row.weight_bytes, row.activation_bytes, row.peak_activation_bytes)),
+            str(sum(row.operators.values())),
+            *(str(row.operators.get(operator, 0)) for operator in counted),
+        ]
+        for name, row in rows.items()
+    ]
+    texts = [list(texts) for texts in zip(titles, *columns, strict=True)]
+    caption = "\n".join(f"not known of {name}: {line}" for name, row in rows.items() for line in row.unknown)
+    return _table(texts, title="One inference", caption=caption)
 
 
 def _width(columns: Mapping[str, list[str]], gap: int) -> int:

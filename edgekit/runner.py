@@ -544,7 +544,7 @@ class Model:
             self._prove()
 
     def _prove(self) -> None:
-        row = _check_image(self, _expected(self)[0])
+        row = _check_image(self, _expected(self.bundle)[0])
         if row["ok"]:
             return
         faulty = self.session.engine == "new" and "avx_vnni" in _cpu_features()
@@ -571,6 +571,7 @@ class Model:
             "fallback": self.fallback,
             "precision": self.precision,
             "threads": self.session.threads,
+            "cores": len(_cores()) or os.cpu_count() or 1,
             "machine": platform.machine(),
             "cpu": cpu_name(),
             "cpu_features": _short_sha256(" ".join(sorted(_cpu_features()))),
@@ -868,12 +869,12 @@ def check(model: Model) -> list[dict[str, Any]]:
     manifest's tolerance. Where another JPEG decoder gave other pixels, the looser `outputs_other_pixels` holds, and
     where the arithmetic has 16 bits, `outputs_16bit`.
     """
-    return [_check_image(model, row) for row in _expected(model)]
+    return [_check_image(model, row) for row in _expected(model.bundle)]
 
 
-def _expected(model: Model) -> list[dict[str, Any]]:
+def _expected(bundle: Path) -> list[dict[str, Any]]:
     """check/expected.json: a row an image, {"file", "pixels_sha256", "outputs", "results"}."""
-    rows: list[dict[str, Any]] = json.loads((model.bundle / "check" / "expected.json").read_text("utf-8"))["images"]
+    rows: list[dict[str, Any]] = json.loads((bundle / "check" / "expected.json").read_text("utf-8"))["images"]
     return rows
 
 
@@ -926,9 +927,9 @@ def bench(model: Model, seconds: float = 5.0, min_iterations: int = 20) -> dict[
 
     Warms up for a fifth of the time. Then iterations with a mark after each stage and whole ones without any mark take
     turns; so the stages can be held against `end_to_end`, which they are no part of. At last, for a fifth of the time,
-    images are decoded in one thread and answered in another: "images_per_second".
+    images are decoded in one thread and answered in another: "images_per_second" and, of the whole board, "energy_mj".
     """
-    data = [(model.bundle / "check" / row["file"]).read_bytes() for row in _expected(model)]
+    data = [(model.bundle / "check" / row["file"]).read_bytes() for row in _expected(model.bundle)]
     before = environment()
     first_ms = sum(wall for wall, _ in _time_stages(model, data[0])) / 1e6
     warm_until = time.perf_counter() + seconds / 5
@@ -943,11 +944,13 @@ def bench(model: Model, seconds: float = 5.0, min_iterations: int = 20) -> dict[
         start_ns = time.perf_counter_ns()
         model(decode(item))
         samples["end_to_end"].append((time.perf_counter_ns() - start_ns) / 1e6)
+    images_per_second, energy_mj = _throughput(model, data, seconds / 5)
     return {
         "iterations": len(samples["end_to_end"]),
         "first_ms": first_ms,
         **{f"{stage}_ms": percentiles(values) for stage, values in samples.items()},
-        "images_per_second": _throughput(model, data, seconds / 5),
+        "images_per_second": images_per_second,
+        "energy_mj": energy_mj,
         "samples_ms": samples,
         "peak_rss_bytes": peak_rss_bytes(),
         "environment": [before, environment()],
@@ -969,16 +972,36 @@ def _time_stages(model: Model, data: bytes) -> list[tuple[int, int]]:
     return [(end[0] - start[0], end[1] - start[1]) for start, end in zip(marks, marks[1:])]
 
 
-def _throughput(model: Model, data: Sequence[bytes], seconds: float) -> float:
-    """Images a second, from file bytes to answer, with the next one decoded while one is answered."""
+METER_S = 0.05  # from one reading of the power to the next: reading takes about a millisecond
+MIN_READINGS = 10  # fewer make no mean
+
+
+def _throughput(
+    model: Model, data: Sequence[bytes], seconds: float, power_w: Callable[[], float | None] | None = None
+) -> tuple[float, float | None]:
+    """Images a second, from file bytes to answer, with the next one decoded while one is answered; and mJ an image.
+
+    The energy is the mean power over the rate; None where the board has no meter, or the time was too short.
+    power_w: reads the meter.
+    """
+    read = power_w or (lambda: _power_w(Path("/sys")))
+    readings_w: list[float | None] = []
     stream = ahead(decode(item) for item in itertools.cycle(data))
     with contextlib.closing(stream):
         model(next(stream))  # the thread has begun
-        start, count = time.perf_counter(), 0
-        while count == 0 or time.perf_counter() - start < seconds:
+        has_meter = read() is not None  # where there is none, nothing is looked for while the time counts
+        start = now = read_at = time.perf_counter()
+        count = 0
+        while count == 0 or now - start < seconds:
             model(next(stream))
             count += 1
-        return count / (time.perf_counter() - start)
+            now = time.perf_counter()
+            if has_meter and now - read_at >= METER_S:
+                readings_w.append(read())
+                read_at = now
+    rate = count / (now - start)
+    watts = [reading for reading in readings_w if reading is not None]
+    return rate, sum(watts) / len(watts) / rate * 1e3 if len(watts) >= MIN_READINGS else None
 
 
 def ahead(items: Generator[Any, None, None], depth: int = 2) -> Generator[Any, None, None]:
@@ -1015,12 +1038,11 @@ def environment(root: Path = Path("/")) -> dict[str, Any]:
 
     governor and mhz (the mean) of the cores that this process may use; temperature_c: of the hottest zone; throttled:
     what a Raspberry Pi says is being held back; throttle_events: how often x86 cores or a Jetson were held back, ever;
-    load: runnable processes, mean of a minute; steal: clock ticks that a hypervisor took, ever; power_w: of the whole
-    board, where it has a meter (INA3221).
+    load: runnable processes, mean of a minute; ticks: of the clock, on all cores, ever; steal: those of them that a
+    hypervisor took; power_w: of the whole board, where it has a meter (INA3221).
     """
     system = root / "sys"
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    frequency = [system / f"devices/system/cpu/cpu{core}/cpufreq" for core in cores]
+    frequency = [system / f"devices/system/cpu/cpu{core}/cpufreq" for core in _cores()]
     khz = [float(text) for text in (_text(folder / "scaling_cur_freq") for folder in frequency) if text]
     governors = {_text(folder / "scaling_governor") for folder in frequency} - {""}
     zones = [_number(path) for path in system.glob("class/thermal/thermal_zone*/temp")]
@@ -1031,7 +1053,8 @@ def environment(root: Path = Path("/")) -> dict[str, Any]:
         "class/hwmon/hwmon*/oc*_event_cnt",
     )
     events = [_number(path) for pattern in counters for path in system.glob(pattern)]
-    ticks = _text(root / "proc/stat").split("\n", 1)[0].split()
+    # user, nice, system, idle, iowait, irq, softirq, steal; what a guest took is in user already
+    ticks = [int(word) for word in _text(root / "proc/stat").split("\n", 1)[0].split()[1:9]]
     return {
         "governor": ", ".join(sorted(governors)) or None,
         "mhz": sum(khz) / len(khz) / 1e3 if khz else None,
@@ -1039,9 +1062,15 @@ def environment(root: Path = Path("/")) -> dict[str, Any]:
         "throttled": [name for bit, name in PI_THROTTLED.items() if bits >> bit & 1] if held_back else None,
         "throttle_events": int(sum(event or 0 for event in events)) if events else None,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "steal": int(ticks[8]) if len(ticks) > 8 else None,
+        "ticks": sum(ticks) if len(ticks) == 8 else None,
+        "steal": ticks[7] if len(ticks) == 8 else None,
         "power_w": _power_w(system),
     }
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use; empty where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def _number(path: Path) -> float | None:
@@ -1213,6 +1242,8 @@ def _bench(args: argparse.Namespace) -> int:
     if floor_bytes and report["peak_rss_bytes"]:
         above = report["peak_rss_bytes"] - floor_bytes
         print(f"memory: {report['peak_rss_bytes'] / 1e6:.0f} MB at most, {above / 1e6:.0f} MB over Python and OpenCV")
+    if report["energy_mj"] is not None:
+        print(f"energy: {report['energy_mj']:.1f} mJ an image, the whole board")
     print(
         f"OpenCV {conditions['opencv']}, {conditions['engine']} engine, {conditions['backend']}, "
         f"{conditions['precision']}, {conditions['threads']} threads, {conditions['cpu']}"
@@ -1272,17 +1303,14 @@ def _worker(args: argparse.Namespace) -> int:
 
     Between requests it waits on its input, and takes no time of the other worker. It ends where its input does.
     """
-    if args.core is not None:
-        os.sched_setaffinity(0, {args.core})
+    if args.pin and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the first core is the one that interrupts take
     floor_bytes = peak_rss_bytes()
     start = time.perf_counter()
     model = _open(args)
     load_ms = (time.perf_counter() - start) * 1e3
-    folder = (args.images or model.bundle) / "check"
-    data = [
-        (folder / row["file"]).read_bytes()
-        for row in json.loads((folder / "expected.json").read_text("utf-8"))["images"]
-    ]
+    folder = args.images or model.bundle
+    data = [(folder / "check" / row["file"]).read_bytes() for row in _expected(folder)]
     first_ms = sum(wall for wall, _ in _time_stages(model, data[0])) / 1e6
     ready = {"import_ms": IMPORT_MS, "load_ms": load_ms, "first_ms": first_ms, "floor_rss_bytes": floor_bytes}
     print(json.dumps({**ready, "conditions": model.conditions(), "environment": environment()}), flush=True)
@@ -1420,7 +1448,7 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser(
         "worker", parents=[common], help="time iterations on request (used by edgekit compare)"
     )
-    worker.add_argument("--core", type=_count, metavar="N", help="stay on this core")
+    worker.add_argument("--pin", action="store_true", help="stay on one core, the last that it may use")
     worker.add_argument("--images", type=Path, metavar="BUNDLE", help="take this bundle's check images")
     worker.set_defaults(run=_worker)
 

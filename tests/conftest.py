@@ -1,8 +1,10 @@
 """Shared by the tests: one real run, small but whole, made once a session."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sshd as servers
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -43,3 +45,10 @@ def finished_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     run = finetune(recipe, read_dataset(digits), tmp_path_factory.mktemp("runs")).run
     export(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Sshd]:
+    """A device over ssh: this machine's loopback. Skips where there is no OpenSSH server."""
+    with servers.serving(tmp_path_factory.mktemp("sshd")) as served:
+        yield served

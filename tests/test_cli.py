@@ -139,6 +139,11 @@ def without_cuda(folder: Path) -> list[object]:
     return ["finetune", good_data(folder), "--device", "cuda", "--no-pretrained"]
 
 
+def text_as_baseline(folder: Path) -> list[object]:
+    (folder / "base.tar.gz").write_text("hello")
+    return ["compare", folder / "base.tar.gz", folder]
+
+
 # (name, makes the bad input and gives the command, what the one line must say)
 BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     ("no words at all", lambda f: ["finetune"], "give DATA .*--recipe FILE or --resume RUN"),
@@ -205,6 +210,31 @@ BAD: list[tuple[str, Callable[[Path], list[object]], str]] = [
     ("bundling for an unknown target", lambda f: ["bundle", f, "--target", "toaster"], "toaster.*cpu"),
     ("bundling what is no run", lambda f: ["bundle", f / "none"], "no run folder"),
     ("running what is no bundle", lambda f: ["run", f, "check"], "has no run.py.*edgekit bundle"),
+    ("measuring what is no bundle", lambda f: ["bench", f], "no bundle at"),
+    (
+        "a number of threads that is none",
+        lambda f: ["bench", f, "--threads", "all"],
+        "whole number or auto, found 'all'",
+    ),
+    (
+        "a device that is no address",
+        lambda f: ["bench", f, "--device", "-oProxyCommand=x"],
+        "is no device: give user@host",
+    ),
+    ("an ssh configuration for this machine", lambda f: ["bench", f, "--ssh-config", f / "c"], "goes with --device"),
+    ("comparing with nothing", lambda f: ["compare", f / "none", f], "no baseline at .*none"),
+    ("comparing what is no bundle", lambda f: ["compare", f, f], "no bundle at"),
+    ("a limit without its unit", lambda f: ["compare", f, f, "--fail-if", "0.05"], "a percentage such as 5%.*'0.05'"),
+    (
+        "a limit that is no number",
+        lambda f: ["compare", f, f, "--fail-if", "five%"],
+        "a percentage such as 5%.*'five%'",
+    ),
+    ("a limit of nothing", lambda f: ["compare", f, f, "--fail-if", "0%"], "the limit is 0 %"),
+    ("an unknown profile", lambda f: ["compare", f, f, "--profile", "fast"], "'fast': give ci, device"),
+    ("an unknown gate", lambda f: ["compare", f, f, "--gate", "p99"], "gates are answer, decode"),
+    ("a baseline from a server, unnamed", lambda f: ["compare", "http://127.0.0.1:9/b", f], "--base-sha256"),
+    ("a baseline that is a text", text_as_baseline, "is neither a bundle's folder nor its .tar.gz"),
     ("an unknown backbone to show", lambda f: ["backbones", "resnt18"], "no backbone named 'resnt18'.*resnet18"),
     ("backbones by name and all", lambda f: ["backbones", "resnet18", "--all"], "--all .*not both"),
     ("measuring for ever", lambda f: ["backbones", "--measure", "--seconds", "inf"], "seconds"),
@@ -251,6 +281,9 @@ COMMANDS = [
     "quantize",
     "bundle",
     "run",
+    "bench",
+    "compare",
+    "history",
     "backbones",
     "doctor",
     "targets",

@@ -20,7 +20,9 @@ from edgekit.artifacts import RunFolder, write_bytes, write_json, write_text
 from edgekit.backbones import LISTED, Backbone
 from edgekit.datasets import Dataset, Problem, Sample, write_split
 from edgekit.errors import ArtifactError, ConfigError
+from edgekit.latency import LatencyRun, Subject
 from edgekit.recipe import make_recipe, to_toml
+from edgekit.threads import ThreadSweep, ThreadTime
 from edgekit.timing import Timing
 
 NAMES = ("cat", "dog", "newt")
@@ -371,6 +373,78 @@ def test_backbones_table_fits(width: int, timings: dict[str, Timing]) -> None:
 )
 def test_backbones_table_counts_in_millions(count: int, shown: str) -> None:
     assert report._millions(count) == shown
+
+
+def latency_run(**changes: Any) -> LatencyRun:
+    fields: dict[str, Any] = {
+        "subject": Subject(
+            name="digits",
+            target="cpu",
+            precision="int8",
+            bundle_sha256="0",
+            git_revision=None,
+            measured_at="2026-01-01T00:00:00+00:00",
+            device="pi@board",
+        ),
+        "samples_ms": {
+            "decode": tuple(index / 100 for index in range(1, 102)),
+            "forward": (12.0,) * 662,
+            "end_to_end": (13.25, 13.5, 13.75),
+        },
+        "import_ms": (300.0, 210.0, 190.0),
+        "load_ms": (12.4,),
+        "first_ms": (30.0, 31.0),
+        "images_per_second": 75.37,
+        "floor_rss_bytes": 57_000_000,
+        "peak_rss_bytes": 106_692_608,
+        "energy_mj": None,
+        "conditions": {
+            "opencv": "5.0.0",
+            "engine": "new",
+            "backend": "opencv/cpu",
+            "precision": "int8",
+            "threads": 4,
+            "cores": 4,
+            "cpu": "Raspberry Pi 4 Model B",
+        },
+        "environment": ({}, {}),
+        "warnings": (),
+    }
+    return LatencyRun(**{**fields, **changes})
+
+
+def test_latency_table_has_a_row_a_stage_and_no_percentile_from_too_few_samples() -> None:
+    assert cells(report.latency_table(latency_run())) == [
+        ["ms", "p50", "p90", "p99"],
+        ["decode", "0.51", "0.91", "-"],
+        ["forward", "12.0", "12.0", "12.0"],
+        ["end to end", "13.5", "-", "-"],
+    ]
+
+
+def test_latency_lines_say_the_rest() -> None:
+    assert report.latency_lines(latency_run()) == [
+        "import 210 ms, load 12 ms, first image 30 ms (medians of 2 processes)",
+        "3 images one by one; 75.4 images/s with decoding beside",
+        "memory: 106.7 MB at most, 49.7 MB over Python and OpenCV alone",
+        "digits for cpu (int8) on pi@board: Raspberry Pi 4 Model B",
+        "OpenCV 5.0.0, new engine, opencv/cpu, int8, threads: 4, cores: 4",
+    ]
+    told = report.latency_lines(latency_run(peak_rss_bytes=None, floor_rss_bytes=None, energy_mj=82.25))
+    assert [line for line in told if line.startswith(("memory", "energy"))] == [
+        "energy: 82.2 mJ an image, the whole board"
+    ]
+
+
+def test_threads_table_says_which_count_is_taken() -> None:
+    rows = (ThreadTime(1, 7.1234, 1.9), ThreadTime(2, 3.8, 1.0149), ThreadTime(4, 3.75, 1.0))
+    assert cells(report.threads_table(ThreadSweep(2, rows, 12, {}))) == [
+        ["threads", "p50, ms", "to the fastest", ""],
+        ["1", "7.12", "1.900", ""],
+        ["2", "3.80", "1.015", "taken: the fewest within 2 %"],
+        ["4", "3.75", "1.000", ""],
+    ]
+    assert "taken: the fewest within 2 %" in printed(report.threads_table(ThreadSweep(2, rows, 12, {})))
 
 
 # The page

@@ -6,8 +6,11 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -655,7 +658,9 @@ def test_the_python_api_answers_as_the_network_that_was_built(built: Path) -> No
 def test_the_conditions_are_those_found_here(built: Path) -> None:
     conditions = runner.Model(built, threads=1).conditions()
     assert conditions["cpu"] and conditions["python"]
-    assert {key: conditions[key] for key in ("opencv", "engine", "backend", "precision", "threads")} == {
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert {key: conditions[key] for key in ("cores", "opencv", "engine", "backend", "precision", "threads")} == {
+        "cores": cores,
         "opencv": cv2.__version__,
         "engine": runner.engines()[0],
         "backend": "opencv/cpu",
@@ -1056,9 +1061,20 @@ def test_a_bench_reports_every_stage(built: Path) -> None:
         "preprocess_ms",
         "forward_ms",
         "postprocess_ms",
+        "images_per_second",
+        "energy_mj",
+        "samples_ms",
+        "peak_rss_bytes",
+        "environment",
         "conditions",
     }
-    assert report["iterations"] >= 70 and report["first_ms"] > 0
+    assert report["iterations"] >= 70 and report["first_ms"] > 0 and report["images_per_second"] > 0
+    assert list(report["samples_ms"]) == [*runner.STAGES, "end_to_end"]
+    for name, samples in report["samples_ms"].items():
+        assert len(samples) == report["iterations"]
+        assert report[f"{name}_ms"] == runner.percentiles(samples)
+    assert [set(each) for each in report["environment"]] == [set(runner.environment())] * 2
+    json.dumps(report, allow_nan=False)
     stages = [report[f"{stage}_ms"] for stage in runner.STAGES]
     assert all(0 < stage["p50"] <= stage["p90"] and stage["p99"] is None for stage in stages[:3])
     # Decoding a 640 x 427 JPEG is most of this tiny network's time, so a stage that took another's would show.
@@ -1071,6 +1087,229 @@ def test_a_bench_uses_every_image(bundle: Path) -> None:
     bundles.sign(bundle)
     with pytest.raises(RunnerError, match="not an image"):
         runner.bench(runner.Model(bundle, threads=1), seconds=0.01)
+
+
+def test_the_energy_of_an_image_is_the_mean_power_over_the_rate(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = runner.Model(built, threads=1), [(built / "check" / "roof.png").read_bytes()]
+    monkeypatch.setattr(runner, "METER_S", 0)
+    monkeypatch.setattr(runner, "MIN_READINGS", 4)
+    readings = iter([9.0, *[4.0, None, 6.0, None] * 10_000])  # the first tells only that there is a meter
+    taken: list[float | None] = []
+
+    def power_w() -> float | None:
+        taken.append(next(readings))
+        return taken[-1]
+
+    rate, energy_mj = runner._throughput(model, data, 0.5, power_w)
+    counted = [reading for reading in taken[1:] if reading is not None]
+    assert rate > 0 and energy_mj == pytest.approx(sum(counted) / len(counted) / rate * 1000)
+
+
+def test_without_a_meter_or_with_too_few_readings_there_is_no_energy(built: Path) -> None:
+    model, data = runner.Model(built, threads=1), [(built / "check" / "roof.png").read_bytes()]
+    calls: list[int] = []
+    assert runner._throughput(model, data, 0.2, lambda: calls.append(1))[1] is None
+    assert len(calls) == 1  # nothing is looked for while the time counts
+    assert runner._throughput(model, data, 1e-6, lambda: 5.0)[1] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# ahead
+
+
+def counted(count: int, made: list[int], error: Exception | None = None) -> Generator[int, None, None]:
+    """0, 1, ... count - 1, then the error. made: what was made so far, and -1 once it is closed."""
+    try:
+        for number in range(count):
+            made.append(number)
+            yield number
+        if error:
+            raise error
+    finally:
+        made.append(-1)
+
+
+@given(st.integers(0, 12), st.integers(1, 5))
+def test_ahead_gives_the_same_items_in_the_same_order(count: int, depth: int) -> None:
+    made: list[int] = []
+    given: list[int] = []
+    for item in runner.ahead(counted(count, made), depth):
+        given.append(item)
+        assert made[-1] == -1 or len(made) <= len(given) + depth
+    assert given == list(range(count))
+    assert made == [*range(count), -1]
+
+
+@given(st.integers(0, 6), st.integers(1, 4))
+def test_what_making_an_item_raises_is_raised_in_its_place(count: int, depth: int) -> None:
+    made: list[int] = []
+    given = []
+    with pytest.raises(ValueError, match="no more"):
+        for item in runner.ahead(counted(count, made, ValueError("no more")), depth):
+            given.append(item)  # noqa: PERF402 - what came before the error counts
+    assert given == list(range(count))
+    assert made[-1] == -1
+
+
+@given(st.integers(0, 5), st.integers(1, 4))
+def test_closing_early_closes_the_source_before_it_returns(taken: int, depth: int) -> None:
+    made: list[int] = []
+    source = counted(1000, made)  # held, so that it is not closed only because nobody has it any more
+    stream = runner.ahead(source, depth)
+    assert [next(stream) for _ in range(taken)] == list(range(taken))
+    stream.close()
+    assert made == [] if taken == 0 else (made[-1] == -1 and len(made) - 1 <= taken + depth)
+    assert next(stream, None) is None
+
+
+def test_the_next_item_is_made_in_another_thread_while_the_caller_works() -> None:
+    begun = [threading.Event() for _ in range(4)]
+
+    def items() -> Generator[int, None, None]:
+        for event in begun[:3]:
+            event.set()
+            yield threading.get_ident()
+        begun[3].set()
+
+    for event, thread in zip(begun[1:], runner.ahead(items(), 1), strict=True):
+        assert event.wait(60)
+        assert thread != threading.get_ident()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The environment
+
+
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+NOT_TOLD = dict.fromkeys(
+    ("governor", "mhz", "temperature_c", "throttled", "throttle_events", "ticks", "steal", "power_w")
+)
+
+
+def system(root: Path, files: dict[str, str]) -> dict[str, Any]:
+    """What environment() says of a system with these files, but for the load, which is this machine's."""
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    told = runner.environment(root)
+    assert told.pop("load") == (pytest.approx(os.getloadavg()[0], abs=2) if hasattr(os, "getloadavg") else None)
+    return told
+
+
+def cores(**files: str) -> dict[str, str]:
+    """These files of each core that this process may use, and another content of one that it may not."""
+    folder = "sys/devices/system/cpu/cpu{}/cpufreq/{}"
+    own = {folder.format(core, name): text for core in CORES for name, text in files.items()}
+    return {**own, **{folder.format(max(CORES, default=0) + 1, name): "7" for name in files}}
+
+
+def test_a_system_that_tells_nothing(tmp_path: Path) -> None:
+    assert system(tmp_path, {}) == NOT_TOLD
+    assert system(tmp_path, {"proc/stat": "", "sys/class/thermal/thermal_zone0/temp": "warm"}) == NOT_TOLD
+
+
+@pytest.mark.skipif(not CORES, reason="this system does not tell which cores a process may use")
+def test_a_raspberry_pi(tmp_path: Path) -> None:
+    files = {
+        **cores(scaling_governor="ondemand", scaling_cur_freq="1500000"),
+        "sys/class/thermal/thermal_zone0/temp": "61000",
+        "sys/devices/platform/soc/soc:firmware/get_throttled": "50005",
+        "proc/stat": "cpu  10 1 5 80 2 1 1 0 0 0\ncpu0 10 1 5 80 2 1 1 0 0 0",
+    }
+    assert system(tmp_path, files) == {
+        "governor": "ondemand",
+        "mhz": 1500.0,
+        "temperature_c": 61.0,
+        "throttled": ["under-voltage", "throttled"],  # bits 0 and 2; 16 and 18 say that it was so once
+        "throttle_events": None,
+        "ticks": 100,
+        "steal": 0,
+        "power_w": None,
+    }
+    for text, held_back in {"0": [], "50000": [], "2": ["frequency capped"], "8": ["soft temperature limit"]}.items():
+        name = "sys/devices/platform/soc/soc:firmware/get_throttled"
+        assert system(tmp_path, {name: text})["throttled"] == held_back
+
+
+@pytest.mark.skipif(not CORES, reason="this system does not tell which cores a process may use")
+def test_an_x86_machine_under_a_hypervisor(tmp_path: Path) -> None:
+    files = {
+        **cores(scaling_governor="performance", scaling_cur_freq="3000000"),
+        f"sys/devices/system/cpu/cpu{CORES[0]}/cpufreq/scaling_cur_freq": "1000000",
+        f"sys/devices/system/cpu/cpu{CORES[0]}/cpufreq/scaling_governor": "powersave",
+        "sys/class/thermal/thermal_zone0/temp": "27800",
+        "sys/class/thermal/thermal_zone1/temp": "54500",
+        "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "3",
+        "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count": "4",
+        "proc/stat": "cpu  1000 20 300 4000 50 6 7 8 900 0",  # 900: a guest's, which are in the first figure too
+    }
+    governors = "performance, powersave" if len(CORES) > 1 else "powersave"
+    assert system(tmp_path, files) == {
+        "governor": governors,
+        "mhz": pytest.approx((1000 + 3000 * (len(CORES) - 1)) / len(CORES)),
+        "temperature_c": 54.5,
+        "throttled": None,
+        "throttle_events": 7,
+        "ticks": 5391,
+        "steal": 8,
+        "power_w": None,
+    }
+
+
+def test_a_jetson_with_its_meter(tmp_path: Path) -> None:
+    files = {
+        "sys/class/hwmon/hwmon0/name": "cpu_thermal",
+        "sys/class/hwmon/hwmon0/in1_input": "1",
+        "sys/class/hwmon/hwmon0/curr1_input": "1",
+        "sys/class/hwmon/hwmon1/name": "ina3221",
+        "sys/class/hwmon/hwmon1/in1_input": "5000",  # mV
+        "sys/class/hwmon/hwmon1/curr1_input": "1240",  # mA
+        "sys/class/hwmon/hwmon1/in2_input": "900",
+        "sys/class/hwmon/hwmon1/curr2_input": "90",
+        "sys/class/hwmon/hwmon2/oc1_event_cnt": "2",
+        "sys/class/hwmon/hwmon2/oc3_event_cnt": "5",
+    }
+    assert system(tmp_path, files) == {**NOT_TOLD, "throttle_events": 7, "power_w": pytest.approx(6.2)}
+    (tmp_path / "sys/class/hwmon/hwmon1/curr1_input").unlink()
+    assert system(tmp_path, {})["power_w"] is None
+
+
+def test_this_machine_tells_what_json_can_hold() -> None:
+    told = runner.environment()
+    assert set(told) == {*NOT_TOLD, "load"}
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+    if Path("/proc/stat").exists():
+        assert 0 <= told["steal"] <= told["ticks"] <= runner.environment()["ticks"]
+
+
+PEAKS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from edgekit import runner
+before = runner.peak_rss_bytes()
+array = np.ones(100_000_000, np.uint8)
+held = runner.peak_rss_bytes()
+del array
+print(before, held, runner.peak_rss_bytes())
+"""
+
+
+@pytest.mark.skipif(runner.peak_rss_bytes() is None, reason="this system does not tell how much memory a process had")
+def test_the_peak_of_a_fresh_process_is_its_own_and_stays() -> None:
+    mine = np.ones(200_000_000, np.uint8)  # the parent's, while the child is started
+    command = [sys.executable, "-c", PEAKS, str(Path(runner.__file__).parents[1])]
+    child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    before, held, after = map(int, child.stdout.split())
+    assert (runner.peak_rss_bytes() or 0) >= mine.nbytes
+    assert 10e6 < before < 150e6
+    assert 100e6 <= held - before < 105e6
+    assert after == pytest.approx(held, abs=1e6)  # the kernel counts in steps
+
+
+def test_no_peak_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_text", lambda _: "")
+    assert runner.peak_rss_bytes() is None
 
 
 # ---------------------------------------------------------------------------------------------------------------

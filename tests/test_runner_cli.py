@@ -3,9 +3,12 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +296,7 @@ def test_a_signed_file_that_is_no_network_is_told(bundle: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# bench, info
+# bench
 
 
 def test_bench_measures_every_stage(bundle: Path) -> None:
@@ -310,18 +313,108 @@ def test_bench_measures_every_stage(bundle: Path) -> None:
     assert sum(stages) == pytest.approx(report["end_to_end_ms"]["p50"], rel=0.25)
     assert report["iterations"] >= 20 and report["load_ms"] > 0 and report["first_ms"] > 0
     assert (report["end_to_end_ms"]["p90"] is not None) == (report["iterations"] >= 64)
+    assert report["import_ms"] > 1 and report["images_per_second"] > 0
+    if sys.platform == "linux":
+        assert 10e6 < report["floor_rss_bytes"] <= report["peak_rss_bytes"] < 300e6
 
 
 def test_bench_prints_a_table_with_its_conditions(built: Path) -> None:
     answer = run(built, "bench", "--seconds", "0.05")
     assert answer.returncode == 0
-    head, *rows, load, conditions = answer.stdout.splitlines()
+    head, *rows, conditions = answer.stdout.splitlines()
+    rows, (start, *memory) = rows[:5], rows[5:]
     assert head.split() == ["ms", "p50", "p90", "p99"]
     assert [row.split()[0] for row in rows] == ["decode", "preprocess", "forward", "postprocess", "end_to_end"]
     assert all(float(row.split()[1]) >= 0 for row in rows) and len({len(row) for row in [head, *rows]}) == 1
-    assert load.startswith("load ") and " iterations" in load
+    assert re.fullmatch(
+        r"import \d+ ms, load \d+ ms, first inference \d+ ms; \d+ iterations; \d+ images/s with decoding beside", start
+    )
+    if sys.platform == "linux":
+        assert re.fullmatch(r"memory: \d+ MB at most, \d+ MB over Python and OpenCV", memory[0])
     engine = runner.engines()[0]
     assert conditions.startswith(f"OpenCV {cv2.__version__}, {engine} engine, opencv/cpu, fp32, 1 threads, ")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# worker
+
+
+@contextmanager
+def worker(bundle: Path, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-W", "error", str(bundle / "run.py"), "worker", *map(str, arguments)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, encoding="utf-8", **pipes) as child:  # type: ignore[call-overload]
+        yield child
+        if not child.stdin.closed:
+            child.stdin.close()
+        child.stdout.read()
+
+
+def asked(child: subprocess.Popen[str], iterations: int) -> dict[str, Any]:
+    assert child.stdin and child.stdout
+    child.stdin.write(json.dumps({"iterations": iterations}) + "\n")
+    child.stdin.flush()
+    return dict(json.loads(child.stdout.readline()))
+
+
+def test_a_worker_says_when_it_is_ready_answers_and_ends_with_its_input(built: Path) -> None:
+    with worker(built, "--threads", "1") as child:
+        assert child.stdin and child.stdout and child.stderr
+        ready = json.loads(child.stdout.readline())
+        assert set(ready) == {"import_ms", "load_ms", "first_ms", "floor_rss_bytes", "conditions", "environment"}
+        assert all(ready[key] > 0 for key in ("import_ms", "load_ms", "first_ms"))
+        assert {key: ready["conditions"][key] for key in HERE} == HERE
+        assert set(ready["environment"]) == set(runner.environment())
+        for count in (0, 1, 9):  # of four images
+            answer = asked(child, count)
+            assert set(answer) == {"wall_ns", "cpu_ns", "peak_rss_bytes", "environment"}
+            for clock in ("wall_ns", "cpu_ns"):
+                assert list(answer[clock]) == list(runner.STAGES)
+                assert all(len(times) == count and min(times, default=0) >= 0 for times in answer[clock].values())
+            assert all(ns > 0 for ns in answer["wall_ns"]["forward"])
+        child.stdin.close()
+        assert (child.stdout.read(), child.stderr.read(), child.wait(60)) == ("", "", 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not tell which cores a process uses")
+def test_a_pinned_worker_stays_on_the_last_core(built: Path) -> None:
+    with worker(built, "--pin") as child:
+        assert child.stdout
+        assert json.loads(child.stdout.readline())["conditions"]["cores"] == 1
+        assert os.sched_getaffinity(child.pid) == {max(os.sched_getaffinity(0))}
+    with worker(built) as child:
+        assert child.stdout
+        child.stdout.readline()
+        assert os.sched_getaffinity(child.pid) == os.sched_getaffinity(0)
+
+
+def test_a_worker_may_take_another_bundles_images(built: Path, bundle: Path) -> None:
+    for row in json.loads((bundle / "check" / "expected.json").read_text("utf-8"))["images"]:
+        (bundle / "check" / row["file"]).write_bytes(b"no image")
+    bundles.sign(bundle)
+    with worker(bundle, "--images", built) as child:
+        assert child.stdout
+        child.stdout.readline()
+        assert len(asked(child, 5)["wall_ns"]["decode"]) == 5
+    with worker(built, "--images", bundle) as child:
+        assert child.stderr
+        assert child.stderr.read() == "run.py: not an image that OpenCV can decode\n"
+    assert child.returncode == 2
+
+
+def test_a_worker_on_a_fallback_says_so_to_the_end(bundle: Path) -> None:
+    bundles.sign(bundle, arch=["other"])
+    with worker(bundle) as child:
+        assert child.stdout and child.stdout.read() == ""
+    assert child.returncode == 2
+    with worker(bundle, "--allow-fallback") as child:
+        assert child.stdout
+        assert "other" in json.loads(child.stdout.readline())["conditions"]["fallback"]
+    assert child.returncode == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# info
 
 
 def test_info_tells_what_the_bundle_is(built: Path) -> None:

@@ -1,0 +1,96 @@
+"""bench, compare and history as a user runs them, on real bundles."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bundles import sign, write_bundle
+
+from edgekit.artifacts import write_archive
+from edgekit.latency import Comparison
+
+
+def edgekit(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgekit.cli", *map(str, words)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("base") / "tiny-cpu")
+
+
+@pytest.fixture(scope="module")
+def slower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It computes its network 30 times for an answer."""
+    folder = write_bundle(tmp_path_factory.mktemp("slower") / "tiny-cpu")
+    source = (folder / "run.py").read_text(encoding="utf-8")
+    once = "    outputs = model.session(blob)\n"
+    assert source.count(once) == 1
+    repeated = once.replace("model.session(blob)", "[model.session(blob) for _ in range(30)][-1]")
+    (folder / "run.py").write_text(source.replace(once, repeated), encoding="utf-8")
+    sign(folder)
+    return folder
+
+
+def test_a_bundle_is_no_regression_of_itself(base: Path, tmp_path: Path) -> None:
+    """Of 299 such comparisons none may fail; so one that does is a fault of the gate."""
+    answer = edgekit("compare", base, base, "--json", "--save", tmp_path / "out", "--max-seconds", "60")
+    assert answer.returncode == 0, answer.stderr
+    found = Comparison.model_validate_json(answer.stdout)
+    assert found.verdict in ("PASS", "INCONCLUSIVE")
+    assert (found.profile, found.clock, found.fail_if, found.workload) == ("ci", "cpu", 0.05, ())
+    assert found.conditions[0]["threads"] == found.conditions[1]["threads"] == 1
+    assert found.base.bundle_sha256 == found.candidate.bundle_sha256
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {
+        "latency.json",
+        "summary.md",
+        "histogram.png",
+        "junit.xml",
+        "bencher.json",
+        "github-action-benchmark.json",
+    }
+    assert json.loads((tmp_path / "out" / "latency.json").read_text("utf-8"))["benchmarks"][0]["extra_info"]["edgekit"]
+
+
+def test_a_slower_bundle_fails_and_is_confirmed(base: Path, slower: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "base.tar.gz"
+    write_archive(base, archive)
+    answer = edgekit("compare", archive, slower, "--confirm", "--gate", "answer", "--gate", "decode")
+    assert answer.returncode == 1, answer.stderr
+    assert answer.stdout.startswith("FAIL: answer: +")
+    assert "slower by more than 5 %" in answer.stdout
+    assert "Once more" in answer.stderr
+
+
+def test_another_engine_is_not_comparable(base: Path, tmp_path: Path) -> None:
+    import cv2
+
+    if not hasattr(cv2.dnn, "ENGINE_CLASSIC"):
+        pytest.skip("this OpenCV has one engine")
+    other = write_bundle(tmp_path / "other")
+    sign(other, proved=[{"opencv": cv2.__version__, "engine": "classic"}])
+    answer = edgekit("compare", base, other)
+    assert answer.returncode == 4, answer.stdout + answer.stderr
+    assert "INCOMPARABLE: measured under different conditions: engine: new against classic" in answer.stdout
+
+
+def test_no_verdict_is_an_error_only_where_it_is_asked_for(base: Path) -> None:
+    for options, code in (((), 0), (("--strict",), 3)):
+        answer = edgekit("compare", base, base, "--max-seconds", "1", *options)
+        assert (answer.returncode, answer.stdout[:13]) == (code, "INCONCLUSIVE:"), answer.stderr
+        assert "the 1 seconds allowed were over after 1 blocks" in answer.stdout
+
+
+def test_a_bundle_of_an_older_edgekit_says_so(base: Path, tmp_path: Path) -> None:
+    older = write_bundle(tmp_path / "older")
+    source = (older / "run.py").read_text(encoding="utf-8")
+    (older / "run.py").write_text(source.replace('"worker", parents', '"labourer", parents'), encoding="utf-8")
+    sign(older)
+    answer = edgekit("compare", older, base)
+    assert answer.returncode == 2
+    assert "built by an edgekit whose run.py cannot take turns: bundle its run again" in answer.stderr
