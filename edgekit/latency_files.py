@@ -23,14 +23,16 @@ from pydantic import ValidationError
 from edgekit import runner
 from edgekit.artifacts import read_json, write_bytes, write_json, write_text
 from edgekit.errors import ArtifactError
-from edgekit.latency import Case, Clock, Comparison, LatencyRun, Subject
-from edgekit.latency_pictures import latency_picture, ms_text, share_text
+from edgekit.latency import Case, Clock, Comparison, LatencyRun, Subject, ms_text, share_text
+from edgekit.latency_pictures import latency_picture
+from edgekit.markdown import bullets, details, plain, table
 
 Record = LatencyRun | Comparison
 
 SCHEMA = "edgekit.latency/1"
 PYTEST_BENCHMARK = "5.3.1"  # whose format the native file has, and whose statistics
 NATIVE = "latency.json"
+OTHER_JSON = ("github-action-benchmark.json", "bencher.json")  # what `save` writes beside it, for other programs
 NOTHING = "-"  # in a cell that has no value
 ARROW = " → "  # from the baseline to the candidate
 CLOCKS: dict[Clock, str] = {"cpu": "CPU time", "wall": "wall time"}
@@ -43,7 +45,7 @@ def bundle_name(subject: Subject) -> str:
     return f"{subject.name}-{subject.target}"
 
 
-def subject_of(record: Record) -> Subject:
+def measured_subject(record: Record) -> Subject:
     """The bundle that a record is about; of a comparison the candidate."""
     return record.subject if isinstance(record, LatencyRun) else record.candidate
 
@@ -64,7 +66,7 @@ class _Row:
 
 def _rows(record: Record) -> Iterator[_Row]:
     """Whatever has a sample, in the record's order."""
-    group = bundle_name(subject_of(record))
+    group = bundle_name(measured_subject(record))
     if isinstance(record, LatencyRun):
         yield from (_Row(group, {"stage": name}, "wall", ms) for name, ms in record.samples_ms.items() if ms)
         return
@@ -97,11 +99,11 @@ def latency_json(record: Record) -> dict[str, Any]:
         benchmarks[0]["extra_info"]["edgekit"]["record"] = whole["record"]
     conditions = record.conditions if isinstance(record, LatencyRun) else record.conditions[1]
     return {
-        "machine_info": _machine_info(subject_of(record), conditions),
-        "commit_info": _commit_info(subject_of(record)),
+        "machine_info": _machine_info(measured_subject(record), conditions),
+        "commit_info": _commit_info(measured_subject(record)),
         **({} if benchmarks else {"extra_info": {"edgekit": whole}}),
         "benchmarks": benchmarks,
-        "datetime": subject_of(record).measured_at,
+        "datetime": measured_subject(record).measured_at,
         "version": PYTEST_BENCHMARK,
     }
 
@@ -411,14 +413,14 @@ def _run_parts(record: LatencyRun) -> list[str]:
     whole = record.samples_ms.get("end_to_end", ())
     median = f"{ms_text(statistics.median(whole))} ms" if whole else "not measured"
     return [
-        f"## {_plain(bundle_name(subject))}: {median} from file to answer (p50)",
-        f"{_plain(subject.precision)}, {_revision(subject)}, {_plain(subject.measured_at)}",
-        _table(["ms", "p50", "p90", "p99", "samples"], [_stage_row(*item) for item in record.samples_ms.items()]),
+        f"## {plain(bundle_name(subject))}: {median} from file to answer (p50)",
+        f"{plain(subject.precision)}, {_revision(subject)}, {plain(subject.measured_at)}",
+        table(["ms", "p50", "p90", "p99", "samples"], [_stage_row(*item) for item in record.samples_ms.items()]),
         _why_missing(record.samples_ms),
-        _table(["", "figure"], _other_figures(record)),
+        table(["", "figure"], _other_figures(record)),
         _under(record),
-        _list("Warnings", record.warnings),
-        _details("Conditions", _conditions_table(record), _environment_table(record.environment)),
+        bullets("Warnings", record.warnings),
+        details("Conditions", _conditions_table(record), _environment_table(record.environment)),
     ]
 
 
@@ -459,12 +461,12 @@ def _other_figures(record: LatencyRun) -> list[list[str]]:
 def _environment_table(environment: Sequence[Mapping[str, Any]]) -> str:
     keys = dict.fromkeys(key for moment in environment for key in moment)
     titles = ["before", "after"] if len(environment) == 2 else [str(index + 1) for index in range(len(environment))]
-    return _table(["", *titles], [[key, *(_value(moment.get(key)) for moment in environment)] for key in keys])
+    return table(["", *titles], [[key, *(_value(moment.get(key)) for moment in environment)] for key in keys])
 
 
 def _comparison_parts(record: Comparison) -> list[str]:
     first = record.confirms
-    repeats = f"This repeats a comparison that ended in {first.verdict}: {_plain(first.reason)}" if first else ""
+    repeats = f"This repeats a comparison that ended in {first.verdict}: {plain(first.reason)}" if first else ""
     arms = f"{_revision(record.base)} → {_revision(record.candidate)}"
     rejected = f", {len(record.rejected)} rejected" if record.rejected else ""
     blocks = "block" if record.blocks == 1 else "blocks"
@@ -474,17 +476,17 @@ def _comparison_parts(record: Comparison) -> list[str]:
     )
     header = ["gate", "verdict", "change", "99 % interval", "baseline, ms", "candidate, ms", _other_clock(record)]
     return [
-        f"## {record.verdict}: {_plain(record.reason)}",
-        f"{_plain(bundle_name(record.candidate))}, {arms}",
+        f"## {record.verdict}: {plain(record.reason)}",
+        f"{plain(bundle_name(record.candidate))}, {arms}",
         repeats,
-        _table(header, [_case_row(case) for case in record.cases], left=(1,)),
+        table(header, [_case_row(case) for case in record.cases], left=(1,)),
         _reasons(record),
         how,
         _under(record),
-        _list("Warnings", record.warnings),
-        _list("What changed in the network itself", record.workload),
-        _details("Blocks", _blocks_table(record), _list("Rejected blocks", record.rejected)),
-        _details("Conditions", _conditions_table(record)),
+        bullets("Warnings", record.warnings),
+        bullets("What changed in the network itself", record.workload),
+        details("Blocks", _blocks_table(record), bullets("Rejected blocks", record.rejected)),
+        details("Conditions", _conditions_table(record)),
     ]
 
 
@@ -503,7 +505,7 @@ def _case_row(case: Case) -> list[str]:
 def _reasons(record: Comparison) -> str:
     """A line a case that says more than the verdict's own reason."""
     lines = [f"{case.name}: {case.reason}" for case in record.cases if case.reason not in ("", record.reason)]
-    return _list("Reasons", lines)
+    return bullets("Reasons", lines)
 
 
 def _blocks_table(record: Comparison) -> str:
@@ -513,7 +515,7 @@ def _blocks_table(record: Comparison) -> str:
     for block in range(count):
         figures = [case.log_ratios[block] if block < len(case.log_ratios) else None for case in record.cases]
         rows.append([str(block + 1), *(share_text(None if x is None else math.expm1(x)) for x in figures)])
-    return _table(["block", *(case.name for case in record.cases)], rows)
+    return table(["block", *(case.name for case in record.cases)], rows)
 
 
 def _shown_conditions(record: Record) -> list[tuple[str, str]]:
@@ -528,15 +530,15 @@ def _under(record: Record) -> str:
     """One sentence of what matters most; where the arms of a comparison differ, their difference."""
     shown = dict(_shown_conditions(record))
     words = {"opencv": "OpenCV {}", "engine": "{} engine", "backend": "{}", "precision": "{}", "threads": "threads: {}"}
-    parts = [f"on {subject_of(record).device}", *(words[key].format(shown[key]) for key in words if key in shown)]
+    parts = [f"on {measured_subject(record).device}", *(words[key].format(shown[key]) for key in words if key in shown)]
     parts += [shown["cpu"]] if "cpu" in shown else []
     differing = [f"{key} {value}" for key, value in shown.items() if ARROW in value and key not in words]
-    return _plain(f"Measured {', '.join([*parts, *differing])}.")
+    return plain(f"Measured {', '.join([*parts, *differing])}.")
 
 
 def _conditions_table(record: Record) -> str:
     rows = [[key.replace("_", " "), value] for key, value in _shown_conditions(record)]
-    return _table(["condition", "value"], rows, left=(1,))
+    return table(["condition", "value"], rows, left=(1,))
 
 
 def _value(value: Any) -> str:
@@ -560,30 +562,6 @@ def short_revision(subject: Subject) -> str:
     return " ".join(text.replace("`", "").split())
 
 
-def _plain(text: str) -> str:
-    """Any text as one line that Markdown shows as it is."""
-    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-    return re.sub(r"([\\`*_\[\]<>|~#])", r"\\\1", line).replace("&", "&amp;")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """Cells of any text; the first column and those in `left` are aligned left, the others right. "" without a row."""
-    if not rows:
-        return ""
-    rule = ["---" if index in (0, *left) else "---:" for index in range(len(header))]
-    lines = [[_plain(cell) for cell in header], rule, *([_plain(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _list(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"**{title}**", "", *(f"- {_plain(line)}" for line in lines)]) if lines else ""
-
-
-def _details(title: str, *parts: str) -> str:
-    inside = "\n\n".join(part for part in parts if part)
-    return f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>" if inside else ""
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # All of them
 
@@ -595,7 +573,7 @@ def save(record: Record, folder: Path) -> tuple[Path, ...]:
     junit.xml that lies there from an earlier comparison is removed before a run is written. Raises ArtifactError where
     the folder cannot be written.
     """
-    names = [NATIVE, "github-action-benchmark.json", "bencher.json", "junit.xml", "summary.md", "histogram.png"]
+    names = [NATIVE, *OTHER_JSON, "junit.xml", "summary.md", "histogram.png"]
     native, github, bencher, junit, summary, histogram = (folder / name for name in names)
     write_latency_json(native, record)
     write_json(github, github_action_benchmark_json(record))

@@ -1,39 +1,31 @@
-"""The pictures of latency: how a run's samples are spread, and what a comparison saw block by block."""
+"""The pictures of latency: a run's samples, what a comparison saw block by block, and the p50 over commits."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgekit import runner
-from edgekit.latency import Case, Comparison, LatencyRun
+from edgekit.latency import Case, Comparison, LatencyRun, ms_text, share_text
 from edgekit.pictures import DASHES, DPI, THEMES, Theme, ThemeName, drawable, png, short, style, title_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from edgekit.history import History, Series
+
 TAIL = 5.0  # interquartile ranges above the third quartile: what lies beyond would press the rest into a corner
 BINS = (16, 60)
 LABEL = 12  # points from one row of labels to the next
 CROWDED = 0.1  # of the axis' width: labels nearer than that overlap
-
-
-def ms_text(milliseconds: float) -> str:
-    """Three significant digits, never in powers of ten: "0.0215", "12.3", "1234"."""
-    if milliseconds == 0 or not math.isfinite(milliseconds):
-        return f"{milliseconds:.0f}"
-    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(abs(milliseconds))))}f}"
-
-
-def share_text(change: float | None) -> str:
-    """0.0712 → "+7.1 %"; None → "-"; never "-0.0 %"."""
-    if change is None:
-        return "-"
-    return f"{round(100 * change, 1) + 0.0:+.1f} %"
+MAX_PANELS = 24  # of a history: a picture of more is too tall to be shown
+MAX_NAMES = 30  # of commits below a panel
+CALM = 0.05  # of a series' level: y spans at least that much to either side, so that noise does not look like news
 
 
 def latency_picture(record: LatencyRun | Comparison, theme: ThemeName = "light") -> bytes:
@@ -86,7 +78,10 @@ def _run_picture(record: LatencyRun, samples: Sequence[float], colors: Theme) ->
     axes = figure.add_axes((0, 0, 1, 1))
     axes.hist(samples, bins=_edges(samples, end), color=colors.right, alpha=0.85)
     marks = {name: ms for name, ms in runner.percentiles(samples).items() if ms is not None}
-    rows = _mark_values(axes, [(ms, f"{name} {ms_text(ms)}") for name, ms in marks.items() if ms <= end], colors)
+    near = {name: ms for name, ms in marks.items() if ms <= end}
+    for name, ms in near.items():
+        axes.axvline(ms, color=colors.ink, linewidth=1.2, linestyle="-" if name == "p50" else DASHES)
+    rows = _write_above(axes, [(ms, f"{name} {ms_text(ms)}", colors.ink) for name, ms in near.items()])
     notes = [f"{name} {ms_text(ms)} ms, beyond" for name, ms in marks.items() if ms > end]
     if beyond := sum(ms > end for ms in samples):
         notes.append(f"{beyond} of {len(samples)} beyond {ms_text(end)} ms, up to {ms_text(max(samples))} ms")
@@ -99,20 +94,17 @@ def _run_picture(record: LatencyRun, samples: Sequence[float], colors: Theme) ->
     return png(figure)
 
 
-def _mark_values(axes: Axes, marks: Sequence[tuple[float, str]], colors: Theme) -> int:
-    """An upright line a value, in rising order, and its name above the axes; → how many rows the names took.
+def _write_above(axes: Axes, labels: Sequence[tuple[float, str, str]], width: float = CROWDED) -> int:
+    """(x, text, colour) in rising order: writes each above the axes at its x; → how many rows they took.
 
-    A name that would run into the one before goes into the row above it.
+    A text that is nearer than `width` (of the axis') to the one before goes into the row above it.
     """
     low, high = axes.get_xlim()
-    row, before = 0, -math.inf
-    rows = []
-    for value, text in marks:
+    row, before, rows = 0, -math.inf, 0
+    for value, text, color in labels:
         place = (value - low) / (high - low)
-        row = row + 1 if place - before < CROWDED else 0
-        before = place
-        rows.append(row)
-        axes.axvline(value, color=colors.ink, linewidth=1.2, linestyle=DASHES if rows[1:] else "-")
+        row = row + 1 if place - before < width else 0
+        before, rows = place, max(rows, row + 1)
         axes.annotate(
             text,
             (value, 1),
@@ -121,9 +113,10 @@ def _mark_values(axes: Axes, marks: Sequence[tuple[float, str]], colors: Theme) 
             textcoords="offset points",
             ha="center",
             fontsize=9,
-            color=colors.ink,
+            color=color,
+            parse_math=False,
         )
-    return max(rows, default=-1) + 1
+    return rows
 
 
 def _plain_axes(axes: Axes, colors: Theme) -> None:
@@ -190,3 +183,70 @@ def _draw_medians(axes: Axes, record: Comparison, case: Case, colors: Theme) -> 
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     clock = {"cpu": "CPU", "wall": "wall"}[record.clock]
     axes.set_xlabel(f"milliseconds of {clock} time, a median a slice{note}", fontsize=9)
+
+
+def history_picture(history: History, theme: ThemeName = "light") -> bytes:
+    """A PNG: a panel a series, p50 over commits, the level between steps, and each step with its size in percent."""
+    from matplotlib.figure import Figure
+
+    from edgekit.history import conditions_texts
+
+    colors, shown = THEMES[theme], history.series[:MAX_PANELS]
+    with style(colors):
+        if not shown:
+            return _empty_picture(f"no file has a figure of {history.stage}")
+        figure = Figure(figsize=(10, 3.2 * len(shown)), dpi=DPI if len(shown) <= 8 else 100)
+        figure.subplots_adjust(hspace=0.85)
+        panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+        for axes, series, under in zip(panels, shown, conditions_texts(history.series), strict=False):
+            rows = _draw_series(axes, series, colors)
+            head = drawable(f"{series.bundle} on {series.device}: {history.stage.replace('_', ' ')}, p50 in ms")
+            axes.set_title(short(head, 90), pad=22 + LABEL * rows, **title_style(colors))
+            _write_below_title(axes, short(drawable(under), 120), 7 + LABEL * rows, colors)
+        if left := len(history.series) - len(shown):
+            panels[-1].set_xlabel(f"{left} more series are not shown")
+        return png(figure)
+
+
+def _write_below_title(axes: Axes, text: str, height: float, colors: Theme) -> None:
+    """height: above the axes, in points."""
+    axes.annotate(
+        text,
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, height),
+        textcoords="offset points",
+        fontsize=9,
+        color=colors.muted,
+        parse_math=False,
+    )
+
+
+def _draw_series(axes: Axes, series: Series, colors: Theme) -> int:
+    """→ how many rows of text are above the axes. Commits are equally far apart, whenever they were measured."""
+    values = [point.p50_ms for point in series.points]
+    top, level = shown_until(values), float(np.median(values))
+    low, high = min(*values, level * (1 - CALM)), max(top, level * (1 + CALM))
+    margin = 0.08 * (high - low)
+    axes.set_ylim(low - margin, high + margin)
+    near = [value if value <= top else math.nan for value in values]
+    axes.plot(range(len(values)), near, "o-", color=colors.right, markersize=4, linewidth=0.8, zorder=3)
+    for place, value in enumerate(values):
+        if value > top:  # at the edge, with its figure: on the axis it would press the others flat
+            at = (place, high + margin / 2)
+            axes.plot(*at, "^", color=colors.ink, markersize=7, zorder=4)
+            axes.annotate(ms_text(value), at, (6, -3), textcoords="offset points", fontsize=8)
+    ends = [0, *(step.place for step in series.steps), len(values)]
+    for begin, end in pairwise(ends):
+        axes.hlines(float(np.median(values[begin:end])), begin - 0.4, end - 0.6, colors.ink, linewidth=1.2, zorder=2)
+    steps = [(step, colors.wrong if step.change > 0 else colors.weights) for step in series.steps]
+    for step, color in steps:
+        axes.axvline(step.place - 0.5, color=color, linewidth=1.4, linestyle=DASHES)
+    axes.set_xlim(-0.6, len(values) - 0.4)
+    every = math.ceil(len(values) / MAX_NAMES)
+    places = range(0, len(values), every)
+    names = [short(drawable(series.points[place].revision), 15) for place in places]
+    axes.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
+    _plain_axes(axes, colors)
+    named = [(step.place - 0.5, f"{drawable(step.revision)} {share_text(step.change)}", color) for step, color in steps]
+    return _write_above(axes, named, 2 * CROWDED)

@@ -19,6 +19,7 @@ from edgekit import runner
 from edgekit.artifacts import RunFolder, read_json, write_text
 from edgekit.datasets import Problem, read_split
 from edgekit.errors import ArtifactError
+from edgekit.history import CAPTION, HEADER, History, history_rows
 from edgekit.latency import share_text
 from edgekit.pictures import (
     THEMES,
@@ -460,6 +461,13 @@ _CELL_STYLES = {
     "refused": "bold red",
     "not proved": "bold red",
 }
+
+
+def history_table(history: History) -> Table:
+    """Latency over commits, a row a series: from where to where it went, and where its level changed."""
+    title = f"latency over commits: {history.stage.replace('_', ' ')}"
+    rows = [list(HEADER), *history_rows(history)]
+    return _narrow(_table(rows, left=(1, 2, 5), title=title, caption=CAPTION))
 
 
 def markdown_metrics(metrics: Mapping[str, Any]) -> str:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from latencies import HOSTILE, case, comparison, run, subject
 from shown import bgr, decoded, share_of
 
-from edgekit.latency import Comparison, LatencyRun
-from edgekit.latency_pictures import latency_picture, ms_text, share_text, shown_until
+from edgekit.latency import Comparison, LatencyRun, ms_text, share_text
+from edgekit.latency_pictures import latency_picture, shown_until
 from edgekit.pictures import THEMES, ThemeName
 
 
