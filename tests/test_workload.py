@@ -252,7 +252,7 @@ def test_unused_outputs_count_only_where_they_have_a_name(tmp_path: Path) -> Non
     assert work(tmp_path, text % "places").activation_bytes == 4 * 4 + 4 * 8
     net = network(text % "places")
     net.graph.node[0].output[1] = ""
-    assert read_workload(saved(net, tmp_path)).activation_bytes == 4 * 4
+    assert read_workload(saved(net, tmp_path)) == Workload({"MaxPool": 1}, 0, 0, 16, 16, ())
 
 
 def test_weights_in_another_file_are_not_read(tmp_path: Path) -> None:
@@ -388,6 +388,29 @@ def test_branches_are_operators_and_weights_and_named(tmp_path: Path) -> None:
     assert work(tmp_path, text, v=zeros(4, 4)) == Workload(
         {"If": 1, "MatMul": 1, "Relu": 3}, 0, 64 + 8, 48, 32, ("1 If: what is inside is not counted",)
     )
+
+
+def test_a_branch_may_have_weights_and_read_what_its_node_does_not(tmp_path: Path) -> None:
+    """The condition is a constant, so only the branches read the input."""
+    text = """(float[1,4] x) => (float[1,4] y) {
+        c = Constant <value = bool {1}> ()
+        b = If (c) <
+            then_branch = yes () => (float[1,4] t) { t = Mul (x, w) },
+            else_branch = no () => (float[1,4] e) { e = Relu (x) }
+        >
+        y = Relu (b)
+    }"""
+    net = network(text)
+    net.graph.node[1].attribute[0].g.initializer.append(onnx.numpy_helper.from_array(zeros(1, 4), "w"))
+    assert read_workload(saved(net, tmp_path)) == Workload(
+        {"If": 1, "Mul": 1, "Relu": 2}, 0, 1 + 16, 32, 32, ("1 If: what is inside is not counted",)
+    )
+
+
+def test_a_node_that_does_not_fit_hides_only_itself(tmp_path: Path) -> None:
+    text = "(float[5] x, float[4] z) => (float[] y, float[] u) { y = Add (x, z) u = MatMul (z, v) }"
+    unknown = ("activations whose shapes are not known: 1",)
+    assert work(tmp_path, text, v=zeros(4, 4)) == Workload({"Add": 1, "MatMul": 1}, 16, 64, 16, 16, unknown)
 
 
 def test_what_multiplies_otherwise_is_named(tmp_path: Path) -> None:
@@ -599,13 +622,25 @@ def test_what_does_not_end(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         instructions_per_inference(bundle)
 
 
-def test_a_valgrind_that_does_not_count(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an old one does with an instruction that it does not know: the program ends."""
+@pytest.mark.parametrize(
+    ("line", "code", "reason"),
+    [
+        ("vex: unhandled instruction bytes: 0x62", 132, "vex: unhandled instruction bytes: 0x62"),
+        ("I refs: 1,000", 1, "I refs: 1,000"),
+        ("done", 0, "done"),
+        ("", 0, "no reason given"),
+    ],
+)
+def test_a_valgrind_that_does_not_count(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int, reason: str
+) -> None:
+    """An old one does not know all instructions: the program ends there. The count of such a one is none."""
     script = tmp_path / "valgrind"
-    script.write_text("#!/bin/sh\necho 'vex: unhandled instruction bytes: 0x62' >&2\nexit 132\n")
+    log = """for word in "$@"; do case $word in --log-file=*) echo "$line" > "${word#--log-file=}";; esac; done"""
+    script.write_text(f"#!/bin/sh\nline='{line}'\n{log}\nexit {code}\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(SetupError, match="valgrind cannot run this bundle's OpenCV: vex: unhandled instruction bytes"):
+    with pytest.raises(SetupError, match=f"valgrind cannot run this bundle's OpenCV: {reason}$"):
         instructions_per_inference(bundle)
 
 
