@@ -454,7 +454,9 @@ def _other_figures(record: LatencyRun) -> list[list[str]]:
         floor = record.floor_rss_bytes
         above = "" if floor is None else f", {(record.peak_rss_bytes - floor) / 1e6:.1f} MB over Python and OpenCV"
         rows.append(["memory", f"{record.peak_rss_bytes / 1e6:.1f} MB at most{above}"])
-    energy = "not measured: the board has no meter" if record.energy_mj is None else f"{record.energy_mj:.1f} mJ"
+    energy = (
+        "not measured (it takes a meter, and some time)" if record.energy_mj is None else f"{record.energy_mj:.1f} mJ"
+    )
     return [*rows, ["energy an image, the whole board", energy]]
 
 

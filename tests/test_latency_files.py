@@ -380,7 +380,7 @@ p90 needs 64 samples, and there are 4. p99 needs 662 samples, and there are 4.
 | first image | 42.0 ms (40.0, 44.0) |
 | images a second, decoding beside answering | 61.2 |
 | memory | 112.0 MB at most, 62.0 MB over Python and OpenCV |
-| energy an image, the whole board | not measured: the board has no meter |
+| energy an image, the whole board | not measured (it takes a meter, and some time) |
 
 Measured on bench-host, OpenCV 5.0.0, new engine, opencv/cpu, fp32, threads: 1, A CPU.
 
