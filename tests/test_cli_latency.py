@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from bundles import sign, write_bundle
+from sshd import Sshd
 
 from edgekit.artifacts import write_archive
-from edgekit.latency import Comparison
+from edgekit.latency import Comparison, LatencyRun
 
 
 def edgekit(*words: object) -> subprocess.CompletedProcess[str]:
@@ -94,3 +95,51 @@ def test_a_bundle_of_an_older_edgekit_says_so(base: Path, tmp_path: Path) -> Non
     answer = edgekit("compare", older, base)
     assert answer.returncode == 2
     assert "built by an edgekit whose run.py cannot take turns: bundle its run again" in answer.stderr
+
+
+def test_a_bench_leaves_what_history_and_advice_read(base: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        answer = edgekit("bench", base, "--seconds", "0.2", "--save", tmp_path / "results" / str(number), "--json")
+        assert answer.returncode == 0, answer.stderr
+    measured = json.loads(answer.stdout)
+    assert measured.pop("threads") is None  # none were tried
+    run = LatencyRun.model_validate(measured)
+    assert (run.subject.name, run.conditions["threads"], len(run.first_ms)) == ("tiny", 1, 6)
+    history = edgekit("history", tmp_path / "results", "--json", "--save", tmp_path / "history")
+    assert history.returncode == 0, history.stderr
+    (series,) = json.loads(history.stdout)["series"]
+    assert (series["bundle"], len(series["points"]), series["steps"]) == ("tiny-cpu", 2, [])
+    assert {path.name for path in (tmp_path / "history").iterdir()} == {"history.json", "history.md", "history.png"}
+    stored = tmp_path / "results" / "1" / "latency.json"
+    for candidate in (base, tmp_path / "results" / "2" / "latency.json"):
+        advice = edgekit("compare", stored, candidate)
+        assert (advice.returncode, advice.stdout[:20]) == (0, "ADVISORY: end to end"), advice.stderr
+    assert edgekit("compare", stored, stored, "--strict").returncode == 3
+
+
+def test_a_comparison_is_no_measurement_to_compare_with(base: Path, tmp_path: Path) -> None:
+    edgekit("compare", base, base, "--max-seconds", "1", "--save", tmp_path)
+    answer = edgekit("compare", tmp_path / "latency.json", base)
+    assert answer.returncode == 2
+    assert "is a comparison, not a measurement" in answer.stderr
+
+
+def test_the_best_number_of_threads_is_what_is_measured(base: Path) -> None:
+    answer = edgekit("bench", base, "--threads", "auto", "--seconds", "0.2", "--json")
+    assert answer.returncode == 0, answer.stderr
+    measured = json.loads(answer.stdout)
+    tried = [row["threads"] for row in measured["threads"]["rows"]]
+    assert tried == sorted(set(tried)) and tried[0] == 1
+    assert measured["conditions"]["threads"] == measured["threads"]["chosen"]
+    assert measured["conditions"]["threads"] in tried
+
+
+def test_a_device_over_ssh(base: Path, slower: Path, sshd: Sshd) -> None:
+    there = ["--device", sshd.host, "--python", sys.executable, "--ssh-config", sshd.ssh_config]
+    measured = edgekit("bench", base, "--seconds", "0.2", *there)
+    assert measured.returncode == 0, measured.stderr
+    assert f"tiny for cpu (fp32) on {sshd.host}" in measured.stdout
+    answer = edgekit("compare", base, slower, "--profile", "device", *there)
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    assert answer.stdout.startswith("FAIL: +")
+    assert "wall time: tiny-cpu against tiny-cpu" in answer.stdout
