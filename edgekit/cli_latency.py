@@ -79,6 +79,8 @@ def bench(
     if sweep:
         print_table(report.threads_table(sweep))
     print_table(report.latency_table(run))
+    for line in report.latency_lines(run):
+        typer.echo(line)
     _print_notes(run.warnings, files)
 
 

@@ -35,13 +35,26 @@ SECOND_FACTOR = {
     **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
 }
 NOT_COUNTED = {"Attention", "DeformConv", "Einsum", "GRU", "LSTM", "RNN"}  # what else multiplies and adds
+# ONNX Runtime's own integer operators (the int8 for OpenCV 4 has them): the one of ONNX with the same shapes, and where
+# its inputs stand among scales and zero points.
+STANDS_FOR = {
+    "QGemm": ("Gemm", slice(0, 4, 3)),
+    "QLinearAdd": ("Add", slice(0, 4, 3)),
+    "QLinearAveragePool": ("AveragePool", slice(0, 1)),
+    "QLinearConcat": ("Concat", slice(2, None, 3)),
+    "QLinearGlobalAveragePool": ("GlobalAveragePool", slice(0, 1)),
+    "QLinearLeakyRelu": ("LeakyRelu", slice(0, 1)),
+    "QLinearMul": ("Mul", slice(0, 4, 3)),
+    "QLinearSigmoid": ("Sigmoid", slice(0, 1)),
+    "QLinearSoftmax": ("Softmax", slice(0, 1)),
+}
 
 
 @dataclass(frozen=True)
 class Workload:
     """The work of one forward pass. Where `unknown` has a line, the figures are without what it names."""
 
-    operators: Mapping[str, int]  # nodes by operator; "other.domain.Gelu" where it is not ONNX's own; Constant is none
+    operators: Mapping[str, int]  # nodes by operator; "com.microsoft.Gelu" where it is not ONNX's own; Constant is none
     multiply_adds: int  # of convolutions and matrix products; padding is multiplied too, a bias is not counted
     weight_bytes: int  # initializers and Constants; what several nodes read counts once
     activation_bytes: int  # what the nodes make from the inputs, each tensor once
@@ -71,8 +84,8 @@ def read_workload(model: Path) -> Workload:
         peak_activation_bytes=_peak(working, {value: size or 0 for value, size in sizes.items()}),
         unknown=(
             *_unknown(zip(working, multiply_adds, strict=True)),
-            *([f"{unread} weights: their values are not readable"] if unread else []),
-            *([f"{unsized} tensors: their shapes are not known"] if unsized else []),
+            *([f"weights whose values are not readable: {unread}"] if unread else []),
+            *([f"activations whose shapes are not known: {unsized}"] if unsized else []),
         ),
     )
 
@@ -86,13 +99,35 @@ def _read(path: Path) -> ir.Model:
         for value in model.graph.inputs:
             if value.shape is not None and value.shape.rank() > 0 and not isinstance(value.shape[0], int):
                 value.shape = ir.Shape([1, *value.shape[1:]])
+        for node in model.graph.all_nodes():
+            _replace(node)
         ShapeInferencePass(check_type=False, strict_mode=False)(model)  # one odd node does not stop it
     except Exception as error:  # noqa: BLE001 - of any file: protobuf, ONNX and onnx_ir raise what they like
-        reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{path} is not a readable ONNX model ({reason}): make it again") from None
+        raise ArtifactError(f"{path} is not a readable ONNX model ({_reason(error)}): make it again") from None
     if not model.ir_version:  # an empty file is read without complaint
         raise ArtifactError(f"{path} is not an ONNX model (it names no version of the format): make it again")
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """In one line, what began it: onnx_ir wraps an error once for each message around the faulty one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]
+
+
+def _replace(node: ir.Node) -> None:
+    """Makes an integer operator of ONNX Runtime the one that it stands for; `_operator` still gives its own name."""
+    if node.domain != "com.microsoft" or node.op_type not in STANDS_FOR:
+        return
+    if node.attributes.get_int("channels_last", 0) != 0:  # ONNX has no such pooling
+        return
+    node.meta["operator"] = _operator(node)
+    node.domain, (node.op_type, places) = "", STANDS_FOR[node.op_type]
+    inputs = node.inputs[places]
+    node.resize_inputs(len(inputs))
+    for place, value in enumerate(inputs):
+        node.replace_input_with(place, value)
 
 
 def _working(graph: ir.Graph) -> list[ir.Node]:
@@ -112,7 +147,7 @@ def _has_subgraph(node: ir.Node) -> bool:
 
 
 def _operator(node: ir.Node) -> str:
-    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    return str(node.meta.get("operator") or (f"{node.domain}.{node.op_type}" if node.domain else node.op_type))
 
 
 def _multiply_adds(node: ir.Node) -> int | None:
@@ -280,31 +315,39 @@ def instruction_changes(base: int, candidate: int) -> tuple[str, ...]:
 
 
 def _copy_first_image(bundle: Path, folder: Path) -> None:
-    """Of several images each has its own cost, and the iterations are no whole rounds of them."""
+    """One alone: several cost differently, and the iterations are no whole rounds of them."""
     (folder / "check").mkdir(parents=True)
-    first = read_json(bundle / "check" / "expected.json")["images"][0]["file"]
-    shutil.copyfile(bundle / "check" / first, folder / "check" / "image")
+    try:
+        first = read_json(bundle / "check" / "expected.json")["images"][0]["file"]
+        shutil.copyfile(bundle / "check" / first, folder / "check" / "image")
+    except (LookupError, TypeError, OSError):
+        raise ArtifactError(f"{bundle} has no check image: make the bundle again with `edgekit bundle RUN`") from None
     write_json(folder / "check" / "expected.json", {"images": [{"file": "image"}]})
 
 
 def _iterate(command: Sequence[str], iterations: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        input=f'{{"iterations": {iterations}}}\n',
-        # Sets of strings have the same order each time, and no pool of threads is made beside OpenCV's.
-        env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    """Runs the worker for one request. Raises SetupError where it does not end."""
+    try:
+        return subprocess.run(
+            command,
+            input=f'{{"iterations": {iterations}}}\n',
+            # Sets of strings have the same order each time, and there is no pool of threads beside OpenCV's.
+            env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        what = f"{iterations} iterations of run.py"
+        raise SetupError(f"{what} took more than {TIMEOUT_S:g} s: use a smaller input, or an idle machine") from None
 
 
 def _instructions(valgrind: str, command: Sequence[str], iterations: int, folder: Path) -> int:
     """Of the whole process. Raises SetupError."""
     log = folder / f"{iterations:02}.log"
-    # cachegrind without caches is the cheapest of valgrind's tools that count.
+    # cachegrind without caches: the fastest of valgrind's tools that count.
     options = ("--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null", f"--log-file={log}")
     quiet = ("--vgdb=no", "--child-silent-after-fork=yes")
     child = _iterate([valgrind, *options, *quiet, *command], iterations)

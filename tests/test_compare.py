@@ -61,8 +61,8 @@ class Replay:
     def time(self, iterations: int) -> dict[str, Any]:
         self.lab.asked.append((self.block, self.arm, iterations))
         self.requests += 1
-        # a slice (5 iterations and one before that is thrown away) is what was recorded; anything else is warming up
-        row = [10**12, *next(self.rows)] if iterations == 6 else [20_000_000] * iterations
+        # a slice (3 iterations and one before that is thrown away) is what was recorded; anything else is warming up
+        row = [10**12, *next(self.rows)] if iterations == 4 else [20_000_000] * iterations
         cpu = {stage: row if stage == "forward" else [1000] * iterations for stage in STAGES}
         cpu[self.lab.stage] = [round(ns * self.lab.factor[self.arm]) for ns in cpu[self.lab.stage]]
         wall = {stage: [round(ns * self.lab.wall) for ns in times] for stage, times in cpu.items()}
@@ -89,13 +89,13 @@ def test_equal_bundles_pass_with_the_recorded_figures() -> None:
     found = conclude(evidence, CI, SUBJECT, SUBJECT)
     assert (found.verdict, found.blocks, found.rejected) == ("PASS", found.looks[-1], ())
     figures = [
-        recorded_figure(block, [arm for arm, count in lab.slices(block) if count == 6]) for block in range(found.blocks)
+        recorded_figure(block, [arm for arm, count in lab.slices(block) if count == 4]) for block in range(found.blocks)
     ]
     assert found.cases[0].log_ratios == pytest.approx(figures, abs=1e-5)
     assert found.cases[0].change == pytest.approx(math.expm1(statistics.fmean(figures)), abs=1e-5)
     assert found.cases[0].other_change == found.cases[0].change  # wall and CPU were recorded alike
     assert (found.cases[0].low, found.cases[0].high) == verdict.interval(found.cases[0].log_ratios)
-    assert len(found.cases[0].base_ms) == len(found.cases[0].candidate_ms) == 8 * found.blocks
+    assert len(found.cases[0].base_ms) == len(found.cases[0].candidate_ms) == 16 * found.blocks
 
 
 @pytest.mark.parametrize(("factor", "verdict_"), [(1.5, "FAIL"), (1.2, "FAIL"), (0.5, "PASS"), (1.05, "INCONCLUSIVE")])
@@ -110,19 +110,21 @@ def test_a_block_is_two_fresh_processes_warmed_alike_that_take_turns() -> None:
     assert len(lab.started) == len(lab.closed) == 2 * len(blocks_)
     for block in range(len(blocks_)):
         assert sorted(lab.started[2 * block : 2 * block + 2]) == ["A", "B"]
-        warm = [(arm, count) for arm, count in lab.slices(block) if count != 6]
-        slices = [arm for arm, count in lab.slices(block) if count == 6]
+        warm = [(arm, count) for arm, count in lab.slices(block) if count != 4]
+        slices = [arm for arm, count in lab.slices(block) if count == 4]
         # 20 ms an iteration: ten make 150 ms, and are the least
         assert sorted(warm) == ([("A", 5)] * 2 + [("B", 5)] * 2 if block == 0 else [("A", 10), ("B", 10)])
-        assert lab.slices(block)[-16:] == [(arm, 6) for arm in slices]  # 50 ms are 3 iterations; at least 5, and 1 more
-        assert "".join(slices) in ("ABBA" * 4, "BAAB" * 4)
+        assert lab.slices(block)[-32:] == [
+            (arm, 4) for arm in slices
+        ]  # 20 ms are one iteration; at least 3, and 1 more
+        assert "".join(slices) in ("ABBA" * 8, "BAAB" * 8)
 
 
 def test_all_orders_are_drawn_and_the_seed_repeats_them() -> None:
     def orders(seed: int) -> list[tuple[Arm, Arm, Arm]]:
         lab = Lab({"A": 1.0, "B": 1.05})
         count = len(gather(lab.start, replace(CI, seed=seed)).blocks)
-        return [(lab.started[2 * b], lab.slices(b)[0][0], lab.slices(b)[-16][0]) for b in range(count)]
+        return [(lab.started[2 * b], lab.slices(b)[0][0], lab.slices(b)[-32][0]) for b in range(count)]
 
     drawn = [order for seed in range(12) for order in orders(seed)]
     assert len(set(drawn)) == 8  # who is started first, warmed first, measured first: independent
@@ -162,7 +164,7 @@ PI_HOT = {**CALM, "throttled": ["under-voltage"]}
             lambda block, arm, n: {**CALM, "mhz": 1560.0 if block == 2 and arm == "B" else 1500.0},
             "1500 MHz for the baseline and 1560 MHz for the candidate",
         ),
-        (lambda block, arm, n: {**CALM, "temperature_c": 50 + (block == 2) * n / 3}, "getting warmer (51 to 53 °C)"),
+        (lambda block, arm, n: {**CALM, "temperature_c": 50 + (block == 2) * n / 5}, "getting warmer (50 to 53 °C)"),
     ],
 )
 def test_what_the_device_says_rejects_a_block(weather: Callable[[int, Arm, int], dict[str, Any]], reason: str) -> None:
