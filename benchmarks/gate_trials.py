@@ -103,7 +103,7 @@ def patched(bundle: Path, folder: Path) -> Path:
 def gate(trial: Trial, bundle: Path, seed: int) -> Evidence:
     """One whole gate, as `edgekit compare --profile ci --fail-if 5%` runs it."""
     question = Question(limit=0.05, seed=seed)
-    command = run_py(bundle, "worker", "--images", str(bundle), "--threads", "1", "--pin")
+    command = run_py(bundle, "worker", "--images", str(bundle), "--threads", "1", "--pin", "--decoded")
     started = 0
 
     def start(arm: Arm) -> Worker:

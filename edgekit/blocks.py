@@ -30,7 +30,7 @@ ANSWER = ("preprocess", "forward", "postprocess")
 ROUNDS = 8
 MIN_ITERATIONS = 3  # a slice
 WARM_UP_STEP = 5  # iterations
-MAX_WARM_UP_MS = 30_000.0
+MAX_WARM_UP = 8  # times the least: on a busy machine medians may never agree, and every block warms up so long
 MAX_REJECTED = 8  # blocks; then the device is too unsteady to say anything
 FREQUENCY_APART = 0.02  # between the arms of a block
 RISEN_C = 2.0  # within a block
@@ -145,8 +145,8 @@ def make_plan(workers: Sequence[Timed], profile: Profile) -> Plan:
     counts, last_ms = [], 0.0
     for worker in workers:
         done: list[float] = []
-        while not verdict.is_warm(done, profile.warm_up_ms) and sum(done) < MAX_WARM_UP_MS:
-            done += times_ms(worker.time(WARM_UP_STEP), "answer", "wall")
+        while not verdict.is_warm(done, profile.warm_up_ms) and sum(done) < MAX_WARM_UP * profile.warm_up_ms:
+            done += _iteration_ms(worker.time(WARM_UP_STEP))
         counts.append(len(done))
         last_ms = max(last_ms, statistics.median(done[-WARM_UP_STEP:]))
     for worker, count in zip(workers, counts, strict=True):
@@ -160,6 +160,11 @@ def times_ms(answer: Mapping[str, Any], gate: str, clock: Clock) -> list[float]:
     stages = answer[f"{clock}_ns"]
     names = ANSWER if gate == "answer" else (gate,)
     return [sum(row) / 1e6 for row in zip(*(stages[name] for name in names), strict=True)]
+
+
+def _iteration_ms(answer: Mapping[str, Any]) -> list[float]:
+    """Wall time of all the stages."""
+    return [sum(row) / 1e6 for row in zip(*answer["wall_ns"].values(), strict=True)]
 
 
 def fault(before: Sequence[Mapping[str, Any]], arms: Sequence[Arm], after: Sequence[Mapping[str, Any]]) -> str:

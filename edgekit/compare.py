@@ -85,6 +85,7 @@ def compare(
     options = ["--images", placed["A"].folder]
     options += [] if profile.threads is None else ["--threads", str(profile.threads)]
     options += ["--pin"] if profile.pinned else []
+    options += [] if "decode" in question.gates else ["--decoded"]  # it can take longer than all the rest
     options += ["--allow-fallback"] if allow_fallback else []
     evidence = gather(lambda arm: Worker(command(placed[arm], "worker", *options)), question, progress=progress)
     changed = changes(read_workload(base / "model.onnx"), read_workload(candidate / "model.onnx"))

@@ -78,7 +78,8 @@ def serving(folder: Path) -> Iterator[Sshd]:
     assert child.stderr is not None
     first = child.stderr.readline()  # it says where it listens, or why it cannot
     # A full pipe would stop it. A daemon: sessions that outlive the server write there too.
-    Thread(target=child.stderr.read, daemon=True).start()
+    reader = Thread(target=child.stderr.read, daemon=True)
+    reader.start()
     try:
         if b"listening" not in first:
             pytest.skip(f"the OpenSSH server does not start here: {first.decode(errors='replace').strip()}")
@@ -90,6 +91,9 @@ def serving(folder: Path) -> Iterator[Sshd]:
     finally:
         child.terminate()
         child.wait()
+        reader.join(timeout=10)
+        if not reader.is_alive():
+            child.stderr.close()
 
 
 def _write(path: Path, text: str) -> Path:

@@ -490,14 +490,14 @@ def test_the_known_fault_is_told_on_cpus_that_have_it(
     shutil.copytree(built("int8"), path)
     spoil_last_pixels(path / "model.onnx")
     sign(path)
-    monkeypatch.setattr(runner, "_cpuinfo", lambda: f"model name: some CPU\nflags: {flags}\n")
+    monkeypatch.setattr(runner, "_cpu_features", lambda: set(flags.split()))
     with pytest.raises(runner.RunnerError) as caught:
         runner.Model(path)
     assert ("OPENCV_CPU_DISABLE=AVX_VNNI" in str(caught.value)) is is_told
 
 
 @pytest.mark.skipif(
-    "avx_vnni" not in runner._cpuinfo().split() or runner.opencv_version() != (5, 0, 0),
+    "avx_vnni" not in runner._cpu_features() or runner.opencv_version() != (5, 0, 0),
     reason="needs a CPU with AVX-VNNI and OpenCV 5.0.0",
 )
 def test_avx_vnni_is_noticed_where_it_is(run: Path) -> None:
