@@ -271,8 +271,15 @@ def _count_change(operator: str, base: int, candidate: int) -> str:
 # Instructions
 
 FEW, MANY = 2, 12  # iterations; the difference is free of Python's start, of loading, and of the first, longer ones
-INSTRUCTION_NOISE = 1e-4  # the share by which counts of the same work may differ
+INSTRUCTION_NOISE = 5e-4  # the share by which counts of the same work may differ; five times what was seen
 TIMEOUT_S = 3600.0
+SETTINGS = {
+    "PYTHONHASHSEED": "0",  # sets of strings have the same order each time
+    "OMP_NUM_THREADS": "1",  # no pool of threads beside OpenCV's
+    # What malloc searches depends on where all before lies, and that on as little as the length of a path: 0.13 % of
+    # the count. So glibc gives each large block a mapping of its own, and keeps lists of all the small ones by size.
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1024:glibc.malloc.tcache_count=65535",
+}
 
 
 def instructions_per_inference(bundle: Path, images: Path | None = None) -> int:
@@ -282,8 +289,9 @@ def instructions_per_inference(bundle: Path, images: Path | None = None) -> int:
     first check image is taken, so that two bundles can be given the same; None: its own.
 
     valgrind knows no AVX-512 and hides it, so on a CPU that has it other kernels are counted than those that run there.
-    The same work gives the same count but for run.py's writing down of the clock, whose digits differ: far less than
-    INSTRUCTION_NOISE. It takes long: valgrind computes each fused multiply-add in software.
+    Counts of the same work differ by less than INSTRUCTION_NOISE: run.py writes down the clock, whose digits differ,
+    and where things lie in memory is seen a little. It takes a minute for a network of 31 M multiply-adds, and more
+    with more of them: valgrind computes each fused one in software.
 
     Raises SetupError where valgrind is missing or cannot run this OpenCV, ArtifactError where the bundle does not run.
     """
@@ -293,7 +301,7 @@ def instructions_per_inference(bundle: Path, images: Path | None = None) -> int:
     if not (bundle / "run.py").is_file():
         raise ArtifactError(f"no bundle at {bundle} (it has no run.py): make one with `edgekit bundle RUN`")
     with tempfile.TemporaryDirectory(prefix="edgekit-instructions-") as name:
-        # Copies, because the length of a path moves what lies in memory, and the count with it.
+        # Copies, so that both have paths of one length: it moves what lies in memory.
         folder = Path(name)
         shutil.copytree(bundle, folder / "bundle")
         _copy_first_image(images or bundle, folder / "images")
@@ -331,8 +339,7 @@ def _iterate(command: Sequence[str], iterations: int) -> subprocess.CompletedPro
         return subprocess.run(
             command,
             input=f'{{"iterations": {iterations}}}\n',
-            # Sets of strings have the same order each time, and there is no pool of threads beside OpenCV's.
-            env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **SETTINGS},
             capture_output=True,
             text=True,
             errors="replace",

@@ -646,8 +646,8 @@ def test_a_valgrind_that_does_not_count(
 
 def test_instruction_changes() -> None:
     assert instruction_changes(17_453_526, 17_453_526) == ()
-    assert instruction_changes(10_000_000, 10_001_000) == instruction_changes(10_000_000, 9_999_000) == ()
-    assert instruction_changes(10_000_000, 10_001_001) == ("instructions 10,000,000 → 10,001,001",)
+    assert instruction_changes(10_000_000, 10_005_000) == instruction_changes(10_000_000, 9_995_000) == ()
+    assert instruction_changes(10_000_000, 10_005_001) == ("instructions 10,000,000 → 10,005,001 (+0.1 %)",)
     assert instruction_changes(17_453_526, 19_200_000) == ("instructions 17.5 M → 19.2 M (+10.0 %)",)
 
 
