@@ -81,7 +81,7 @@ def bench(
     print_table(report.latency_table(run))
     for line in report.latency_lines(run):
         typer.echo(line)
-    _print_notes(run.warnings, files)
+    _print_notes("doubtful", run.warnings, files)
 
 
 def _threads(text: str) -> int | str | None:
@@ -115,9 +115,9 @@ def _save(record: LatencyRun | Comparison, folder: Path | None) -> tuple[Path, .
     return save(record, folder) if folder else ()
 
 
-def _print_notes(warnings: tuple[str, ...], files: tuple[Path, ...]) -> None:
-    for warning in warnings:
-        typer.echo(f"doubtful: {warning}", err=True)
+def _print_notes(word: str, notes: tuple[str, ...], files: tuple[Path, ...]) -> None:
+    for note in notes:
+        typer.echo(f"{word}: {note}", err=True)
     if files:
         typer.echo(f"written: {files[0].parent}/ ({', '.join(path.name for path in files)})")
 
@@ -180,8 +180,9 @@ def compare(
             found = _advice(Path(base), candidate, question, where, allow_fallback, show)
         else:
             with opened(base, base_sha256) as folder:
+                counted = _instruction_changes(folder, candidate, show) if instructions else ()
                 found = _comparison(folder, candidate, question, confirm, where, allow_fallback, show)
-                found = _with_instructions(found, folder, candidate, show) if instructions else found
+                found = found.model_copy(update={"workload": (*found.workload, *counted)})
     files = _save(found, save)
     if as_json:
         print_json(found.model_dump(mode="json"))
@@ -203,12 +204,11 @@ def _percent(text: str) -> float:
     raise UsageError(f"--fail-if is a percentage such as 5% or 2.5%, found {text!r}")
 
 
-def _with_instructions(found: Comparison, base: Path, candidate: Path, show: Display) -> Comparison:
+def _instruction_changes(base: Path, candidate: Path, show: Display) -> tuple[str, ...]:
     from edgekit.workload import instruction_changes, instructions_per_inference
 
     show.busy("counting instructions")
-    counts = [instructions_per_inference(bundle, base) for bundle in (base, candidate)]
-    return found.model_copy(update={"workload": (*found.workload, *instruction_changes(*counts))})
+    return instruction_changes(*(instructions_per_inference(bundle, base) for bundle in (base, candidate)))
 
 
 def _comparison(
@@ -262,14 +262,14 @@ def _print_comparison(found: Comparison, files: tuple[Path, ...]) -> None:
 
     typer.echo(f"{found.verdict}: {found.reason}")
     print_table(report.comparison_table(found))
-    for change in found.workload:
-        typer.echo(f"in the graph: {change}")
-    _print_notes(found.warnings, files)
+    for line in report.comparison_lines(found):
+        typer.echo(line)
+    _print_notes("warning", found.warnings, files)
 
 
 def history(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where latency.json files are, at any depth.")],
-    stage: Annotated[str, typer.Option(help="end_to_end, decode, preprocess, forward or postprocess.")] = "end_to_end",
+    stage: Annotated[str, typer.Option(help="end_to_end, a stage, or answer (what compare judges).")] = "end_to_end",
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write history.png and history.md.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -288,4 +288,4 @@ def history(
     from edgekit import report
 
     print_table(report.history_table(found))
-    _print_notes(found.warnings, files)
+    _print_notes("left out", found.warnings, files)

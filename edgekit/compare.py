@@ -20,7 +20,7 @@ from pathlib import Path
 from edgekit import runner, verdict
 from edgekit.blocks import ARMS, PROFILES, Arm, Block, Plan, Profile, Start, incomparable, run_block
 from edgekit.device import Device, Placed, command, here, place
-from edgekit.errors import UsageError
+from edgekit.errors import ArtifactError, UsageError
 from edgekit.latency import GATES, Case, Clock, Comparison, LatencyRun, Subject, Verdict, share_text, subject_of
 from edgekit.worker import Worker
 from edgekit.workload import changes, read_workload
@@ -87,7 +87,14 @@ def compare(
     options += ["--pin"] if profile.pinned else []
     options += [] if "decode" in question.gates else ["--decoded"]  # it can take longer than all the rest
     options += ["--allow-fallback"] if allow_fallback else []
-    evidence = gather(lambda arm: Worker(command(placed[arm], "worker", *options)), question, progress=progress)
+
+    def start(arm: Arm) -> Worker:
+        try:
+            return Worker(command(placed[arm], "worker", *options))
+        except ArtifactError as error:
+            raise ArtifactError(f"the {'baseline' if arm == 'A' else 'candidate'}: {error}") from None
+
+    evidence = gather(start, question, progress=progress)
     changed = changes(read_workload(base / "model.onnx"), read_workload(candidate / "model.onnx"))
     subjects = [subject_of(manifest, device.name) for manifest in manifests]
     return conclude(evidence, question, subjects[0], subjects[1], changed)

@@ -20,7 +20,7 @@ from edgekit.artifacts import RunFolder, read_json, write_text
 from edgekit.datasets import Problem, read_split
 from edgekit.errors import ArtifactError
 from edgekit.history import CAPTION, HEADER, History, history_rows
-from edgekit.latency import share_text
+from edgekit.latency import ms_text, share_text
 from edgekit.pictures import (
     THEMES,
     ThemeName,
@@ -75,9 +75,7 @@ def _points(drop: float) -> str:
 
 
 def _ms(milliseconds: float | None) -> str:
-    if milliseconds is None:
-        return NOTHING
-    return f"{milliseconds:.1f}" if milliseconds >= 9.995 else f"{milliseconds:.2f}"
+    return NOTHING if milliseconds is None else ms_text(milliseconds)
 
 
 def _ratio(share: float | None) -> str:
@@ -341,22 +339,35 @@ def demo_table(metrics: Mapping[str, Any], size_bytes: Mapping[str, int], latenc
 
 
 def comparison_table(found: Comparison) -> Table:
-    """What `edgekit compare` measured: a row a gate, and under what conditions."""
-    clocks = {"cpu": "CPU time", "wall": "wall time"}
-    judged, other = (clocks[name] for name in (("cpu", "wall") if found.clock == "cpu" else ("wall", "cpu")))
-    rows = [["", "baseline", "candidate", "change", "99 % sure within", "verdict", other]]
+    """What `edgekit compare` measured: a row a gate, and under what conditions.
+
+    Of a single gate the verdict is left out: it is the whole's, which is told before.
+    """
+    clocks = ("CPU time", "wall time") if found.clock == "cpu" else ("wall time", "CPU time")
+    rows = [["", "baseline", "candidate", "change", "99 % sure within", clocks[1], "verdict"]]
     for case in found.cases:
-        medians = [f"{statistics.median(ms):.2f} ms" if ms else NOTHING for ms in (case.base_ms, case.candidate_ms)]
-        known = case.low is not None
-        ends = f"{share_text(case.low)} to {share_text(case.high)}" if known else NOTHING
-        rows.append([case.name, *medians, share_text(case.change), ends, case.verdict, share_text(case.other_change)])
-    here = found.conditions[1]
-    where = (
-        f"OpenCV {here['opencv']}, {here['engine']} engine, {here['backend']}, {here['threads']} threads, {here['cpu']}"
-    )
-    blocks = f"{found.blocks} pairs of processes, {len(found.rejected)} rejected, {found.seconds:.0f} s"
-    title = f"{judged}: {found.base.name}-{found.base.target} against {found.candidate.name}-{found.candidate.target}"
-    return _table(rows, title=title, caption=f"{where}; {blocks}" if found.blocks else where)
+        medians = [
+            f"{ms_text(statistics.median(ms))} ms" if ms else NOTHING for ms in (case.base_ms, case.candidate_ms)
+        ]
+        ends = NOTHING if case.low is None else f"{share_text(case.low)} to {share_text(case.high)}"
+        rows.append([case.name, *medians, share_text(case.change), ends, share_text(case.other_change), case.verdict])
+    if len(found.cases) == 1:
+        rows = [row[:-1] for row in rows]
+    names = [f"{subject.name}-{subject.target}" for subject in (found.base, found.candidate)]
+    return _narrow(_table(rows, title=f"{clocks[0]}: {' against '.join(names)}"), gap=2)
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """What stands under comparison_table: how much was measured, where, and what changed in the graph."""
+    lines = [f"{found.blocks} pairs of processes in {found.seconds:.0f} s"] if found.blocks else []
+    lines += [f"not counted: {reason}" for reason in dict.fromkeys(found.rejected)]
+    where = found.conditions[1]
+    if where:  # else nothing was measured
+        lines.append(
+            f"OpenCV {where['opencv']}, {where['engine']} engine, {where['backend']}, threads: {where['threads']}, "
+            f"{where['cpu']}"
+        )
+    return [*lines, *(f"in the graph: {change}" for change in found.workload)]
 
 
 def backbones_table(rows: Sequence[Backbone], timings: Mapping[str, Timing], width: int) -> Table:

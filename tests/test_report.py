@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import latencies
 import numpy as np
 import pytest
 from hypothesis import given
@@ -416,7 +417,7 @@ def latency_run(**changes: Any) -> LatencyRun:
 def test_latency_table_has_a_row_a_stage_and_no_percentile_from_too_few_samples() -> None:
     assert cells(report.latency_table(latency_run())) == [
         ["ms", "p50", "p90", "p99"],
-        ["decode", "0.51", "0.91", "-"],
+        ["decode", "0.510", "0.910", "-"],
         ["forward", "12.0", "12.0", "12.0"],
         ["end to end", "13.5", "-", "-"],
     ]
@@ -445,6 +446,38 @@ def test_threads_table_says_which_count_is_taken() -> None:
         ["4", "3.75", "1.000", ""],
     ]
     assert "taken: the fewest within 2 %" in printed(report.threads_table(ThreadSweep(2, rows, 12, {})))
+
+
+def test_comparison_table_has_a_row_a_gate() -> None:
+    two = latencies.comparison(
+        latencies.case(),
+        latencies.case("INCONCLUSIVE", name="decode", low=None, high=None, base_ms=(), candidate_ms=(), change=None),
+    )
+    assert cells(report.comparison_table(two)) == [
+        ["", "baseline", "candidate", "change", "99 % sure within", "wall time", "verdict"],
+        ["answer", "10.2 ms", "11.5 ms", "+10.0 %", "+8.0 % to +12.5 %", "+11.0 %", "FAIL"],
+        ["decode", "-", "-", "-", "-", "+11.0 %", "INCONCLUSIVE"],
+    ]
+    one = latencies.comparison(latencies.case(), clock="wall")
+    assert cells(report.comparison_table(one)) == [
+        ["", "baseline", "candidate", "change", "99 % sure within", "CPU time"],
+        ["answer", "10.2 ms", "11.5 ms", "+10.0 %", "+8.0 % to +12.5 %", "+11.0 %"],
+    ]
+    assert "wall time: digits-cpu against digits-cpu" in printed(report.comparison_table(one))
+
+
+def test_comparison_lines_say_how_much_was_measured_and_where() -> None:
+    found = latencies.comparison(
+        latencies.case(), rejected=("it got warmer", "it got warmer"), workload=("2 more Transpose (0 → 2)",)
+    )
+    assert report.comparison_lines(found) == [
+        "3 pairs of processes in 30 s",
+        "not counted: it got warmer",
+        "OpenCV 5.0.0, new engine, opencv/cpu, threads: 1, A CPU",
+        "in the graph: 2 more Transpose (0 → 2)",
+    ]
+    nothing = latencies.comparison(latencies.case("INCONCLUSIVE"), blocks=0, rejected=("hot",), conditions=({}, {}))
+    assert report.comparison_lines(nothing) == ["not counted: hot"]
 
 
 # The page
