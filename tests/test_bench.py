@@ -9,6 +9,7 @@ from typing import Any
 
 import bundles
 import cv2
+import latencies
 import pytest
 from sshd import Sshd
 
@@ -144,22 +145,7 @@ def measured(
     samples_ms: dict[str, tuple[float, ...]] | None = None,
     first: tuple[dict[str, Any], ...] = (),
 ) -> LatencyRun:
-    return LatencyRun(
-        subject=Subject(
-            name="n", target="t", precision="fp32", bundle_sha256="0", git_revision=None, measured_at="", device="d"
-        ),
-        samples_ms=samples_ms or samples(),
-        import_ms=(1.0,),
-        load_ms=(1.0,),
-        first_ms=(1.0,),
-        images_per_second=1.0,
-        floor_rss_bytes=None,
-        peak_rss_bytes=None,
-        energy_mj=None,
-        conditions=conditions,
-        environment=(*first, before, after),
-        warnings=(),
-    )
+    return latencies.run(samples_ms=samples_ms or samples(), conditions=conditions, environment=(*first, before, after))
 
 
 def samples(count: int = 662, **changes: tuple[float, ...]) -> dict[str, tuple[float, ...]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import latencies
 import pytest
 
 from edgekit import blocks, latency, verdict
@@ -19,15 +20,7 @@ from edgekit.runner import STAGES
 RECORDED = json.loads(Path(__file__).with_name("recorded_blocks.json").read_text(encoding="utf-8"))
 CONDITIONS = {**dict.fromkeys(blocks.SAME, "same"), "fallback": ""}
 CALM = {"throttled": None, "throttle_events": None, "mhz": None, "temperature_c": None}
-SUBJECT = latency.Subject(
-    name="signs",
-    target="cpu",
-    precision="fp32",
-    bundle_sha256="0" * 64,
-    git_revision=None,
-    measured_at="2026-01-01T00:00:00+00:00",
-    device="bench",
-)
+SUBJECT = latencies.subject()
 CI = Question(seed=1)
 
 
@@ -147,6 +140,18 @@ def test_the_slower_to_warm_decides_for_both() -> None:
     assert plan.warm_up == 25
     assert sum(count for _, arm, count in lab.asked if arm == "A") == 25
     assert sum(count for _, arm, count in lab.asked if arm == "B") == 25
+
+
+def test_a_warm_up_that_never_settles_ends() -> None:
+    class Restless(Replay):
+        def time(self, iterations: int) -> dict[str, Any]:
+            answer = super().time(iterations)
+            answer["wall_ns"]["forward"] = [(20 + 10 * (self.requests % 2)) * 10**6] * iterations
+            return answer
+
+    lab = Lab()
+    plan = blocks.make_plan([Restless(lab, "A", 0), Replay(lab, "B", 0)], PROFILES["ci"])
+    assert plan.warm_up == 50  # 5 of 30 ms and 5 of 20 ms, again and again, are 1,200 ms after 50: eight times 150
 
 
 PI_HOT = {**CALM, "throttled": ["under-voltage"]}
@@ -293,20 +298,7 @@ def test_running_elsewhere_than_the_bundle_is_for_is_named() -> None:
 
 def measured(factor: float, conditions: dict[str, Any]) -> latency.LatencyRun:
     samples = dict.fromkeys((*STAGES, "end_to_end"), (1.0 * factor, 2.0 * factor, 9.0 * factor))
-    return latency.LatencyRun(
-        subject=SUBJECT,
-        samples_ms=samples,
-        import_ms=(1.0,),
-        load_ms=(1.0,),
-        first_ms=(1.0,),
-        images_per_second=1.0,
-        floor_rss_bytes=None,
-        peak_rss_bytes=None,
-        energy_mj=None,
-        conditions=conditions,
-        environment=(),
-        warnings=(),
-    )
+    return latencies.run(samples_ms=samples, conditions=conditions)
 
 
 def test_a_stored_measurement_is_advice_only() -> None:

@@ -402,6 +402,16 @@ def test_a_worker_may_take_another_bundles_images(built: Path, bundle: Path) -> 
     assert child.returncode == 2
 
 
+def test_a_worker_may_decode_its_images_once(built: Path) -> None:
+    decode_ns = []
+    for options in ((), ("--decoded",)):
+        with worker(built, *options) as child:
+            assert child.stdout
+            child.stdout.readline()
+            decode_ns.append(asked(child, 8)["wall_ns"]["decode"])
+    assert min(decode_ns[0]) > 10 * max(sorted(decode_ns[1])[:6])  # photos of 640 x 427, against nothing
+
+
 def test_a_worker_on_a_fallback_says_so_to_the_end(bundle: Path) -> None:
     bundles.sign(bundle, arch=["other"])
     with worker(bundle) as child:
