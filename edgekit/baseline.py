@@ -61,7 +61,7 @@ def _unpack(archive: Path, folder: Path, place: str, sha256: str) -> Path:
     if sha256 and found != sha256.lower():
         raise ArtifactError(f"{place} has sha256 {found}, and {sha256} was expected: it is not the baseline you mean")
     try:
-        with tarfile.open(archive, "r:*") as tar:
+        with tarfile.open(archive, "r:gz") as tar:
             members = tar.getmembers()
             if sum(member.size for member in members) > MAX_BYTES:
                 raise ArtifactError(f"{place} unpacks to more than {MAX_BYTES >> 30} GB: it is no bundle")
