@@ -174,9 +174,9 @@ def one(trial: Trial, bundle: Path, seed: int, beside: bool) -> dict[str, Any]:
         "verdict": comparison.verdict,
         "blocks": comparison.blocks,
         "seconds": round(evidence.seconds, 2),
-        "change": comparison.cases[0].change,
-        "log_ratios": comparison.cases[0].log_ratios,
-        "load": load,
+        "change": round(comparison.cases[0].change or 0.0, 5),
+        "log_ratios": [round(ratio, 5) for ratio in comparison.cases[0].log_ratios],
+        "load": round(load, 2),
         "seed": seed,
         "pytest_benchmark_fails": peer,
     }

@@ -110,9 +110,10 @@ class Comparison(_Record):
 
 def ms_text(milliseconds: float) -> str:
     """Three significant digits, never in powers of ten: "0.0215", "12.3", "1234"."""
-    if milliseconds == 0 or not math.isfinite(milliseconds):
+    rounded = float(f"{milliseconds:.3g}")
+    if rounded == 0 or not math.isfinite(rounded):
         return f"{milliseconds:.0f}"
-    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(abs(milliseconds))))}f}"
+    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def share_text(change: float | None) -> str:

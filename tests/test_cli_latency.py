@@ -140,7 +140,7 @@ def test_a_device_over_ssh(base: Path, slower: Path, sshd: Sshd) -> None:
     measured = edgekit("bench", base, "--seconds", "0.2", *there)
     assert measured.returncode == 0, measured.stderr
     assert f"tiny for cpu (fp32) on {sshd.host}" in measured.stdout
-    answer = edgekit("compare", base, slower, "--profile", "device", *there)
-    assert answer.returncode == 1, answer.stdout + answer.stderr
-    assert answer.stdout.startswith("FAIL: +")
+    answer = edgekit("compare", base, slower, "--profile", "device", "--max-seconds", "5", *there)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.startswith("INCONCLUSIVE: +")  # too few blocks for a verdict, but what they say is clear
     assert "wall time: tiny-cpu against tiny-cpu" in answer.stdout
