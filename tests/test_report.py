@@ -237,7 +237,7 @@ def test_points_are_of_what_was_lost(drop: float, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ms", "shown"), [(None, "-"), (0.912, "0.91"), (9.994, "9.99"), (9.996, "10.0"), (105.25, "105.2")]
+    ("ms", "shown"), [(None, "-"), (0.912, "0.912"), (9.994, "9.99"), (9.996, "10.0"), (105.25, "105")]
 )
 def test_milliseconds(ms: float | None, shown: str) -> None:
     assert report._ms(ms) == shown
