@@ -1,7 +1,7 @@
 """Is the latency gate's word to be believed? Many whole gates on bundles whose difference is known.
 
-    uv run python benchmarks/gate_trials.py run BUNDLE --out trials/0.jsonl [--minutes 60] [--core 0]
-    uv run python benchmarks/gate_trials.py report trials/*.jsonl
+    uv run python benchmarks/gate_trials.py run BUNDLE --out benchmarks/gate_trials/0.jsonl [--minutes 60] [--core 0]
+    uv run python benchmarks/gate_trials.py report benchmarks/gate_trials/*.jsonl
 
 What is known is made of real work: where the baseline runs its network 10 times for an answer, the candidate does it
 11 times (+10 %), or 21 for 20 (+5 %), or as often (A/A). In "second-place" both are the same bundle, but whichever
