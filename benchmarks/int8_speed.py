@@ -34,12 +34,13 @@ import onnxruntime
 from edgekit import parity, plugin, runner, tasks
 from edgekit.artifacts import open_run
 from edgekit.batches import batches
-from edgekit.datasets import Sample, read_split
+from edgekit.datasets import read_split
 from edgekit.errors import SetupError
 from edgekit.forms import FORMS, Form
 from edgekit.int8 import calibration, rounding, scheme
 from edgekit.lowering import lower
 from edgekit.lowering.from_torch import from_torch
+from edgekit.samples import Sample
 from edgekit.turns import Turns, take_turns, time_rounds
 
 ENGINES: tuple[tuple[str, str, str, Form], ...] = (  # in the table, OpenCV, engine, fp32's form

@@ -42,13 +42,14 @@ from sklearn.datasets import load_sample_images
 from edgekit import backbones, parity, plugin, runner, tasks
 from edgekit.artifacts import open_run
 from edgekit.batches import batches
-from edgekit.datasets import Sample, read_split
+from edgekit.datasets import read_split
 from edgekit.errors import SetupError
 from edgekit.int8 import calibration, rounding, scheme, sensitivity
 from edgekit.int8.calibration import sqnr_db
 from edgekit.int8.layers import constant, layers
 from edgekit.lowering import lower
 from edgekit.lowering.from_torch import from_torch
+from edgekit.samples import Sample
 from edgekit.turns import take_turns
 
 LITE0 = "tf_efficientnet_lite0"

@@ -10,23 +10,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import cv2
 import numpy as np
 
 from edgekit import runner
-from edgekit.datasets import Sample, in_order
+from edgekit.datasets import in_order
 from edgekit.errors import DataError
 from edgekit.recipe import Augment
+from edgekit.samples import Sample
+
+Labels: TypeAlias = "np.ndarray | tuple[np.ndarray, ...]"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 (N, h, w, 3) BGR; labels: int64 (N,); samples: where each came from, in the same order."""
+    """images: uint8 (N, h, w, 3) BGR; samples: where each came from; sizes: (height, width) of each photo, in pixels.
+
+    labels: of classification int64 (N,), class ids; of detection N arrays, float32 (boxes, 5), each row a class id and
+    the left, top, right and bottom edge in pixels of the network's input; of segmentation uint8 (N, h, w), class ids
+    and VOID.
+    """
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: Labels
     samples: tuple[Sample, ...]
+    sizes: tuple[tuple[int, int], ...]
 
 
 def batches(

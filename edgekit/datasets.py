@@ -22,15 +22,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
 from edgekit import runner
 from edgekit.errors import ArtifactError, DataError
-
-if TYPE_CHECKING:
-    pass
+from edgekit.samples import Sample
 
 MIN_IMAGES = 2  # different images a class needs: one to train on, one to validate with
 FEW_IMAGES = 10  # below this a class is reported: its figures will be coarse
@@ -43,15 +41,6 @@ HIDDEN_NAMES = ("__macosx", "thumbs.db", "desktop.ini")  # as well as all names 
 Progress = Callable[[int, int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One usable image. path: absolute; label: index into class_names; sha256 (hex): of the file's bytes."""
-
-    path: Path
-    label: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -83,11 +72,16 @@ class Dataset:
     def sha256(self) -> str:
         """SHA-256 (hex) of the sorted (content, class, subset) rows: the same wherever the files lie."""
         rows = [
-            f"{sample.sha256} {self.class_names[sample.label]} {subset}\n"
+            f"{sample.sha256} {self.class_names[_class_id(sample)]} {subset}\n"
             for subset, samples in (("train", self.train), ("val", self.val))
             for sample in samples
         ]
         return hashlib.sha256("".join(sorted(rows)).encode()).hexdigest()
+
+
+def _class_id(sample: Sample) -> int:
+    assert isinstance(sample.label, int)
+    return sample.label
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -633,7 +627,7 @@ def write_split(dataset: Dataset, path: Path) -> None:
     rows: list[Sequence[object]] = [SPLIT_HEADER, ["root", "", "", dataset.sha256, dataset.root]]
     rows += [["class", label, name, "", ""] for label, name in enumerate(dataset.class_names)]
     for subset, samples in (("train", dataset.train), ("val", dataset.val)):
-        rows += [[subset, s.label, dataset.class_names[s.label], s.sha256, s.path] for s in samples]
+        rows += [[subset, s.label, dataset.class_names[_class_id(s)], s.sha256, s.path] for s in samples]
     partial_path = path.with_name(path.name + ".partial")
     try:
         # surrogateescape: file names that are not UTF-8 must survive.

@@ -21,9 +21,10 @@ import torch
 from edgekit import pictures, report, runner, tasks
 from edgekit.artifacts import RunFolder, open_run, write_bytes, write_json
 from edgekit.batches import batches
-from edgekit.datasets import Sample, missing, read_split
+from edgekit.datasets import missing, read_split
 from edgekit.errors import ArtifactError, DataError
 from edgekit.launch import run_py
+from edgekit.samples import Sample
 from edgekit.tasks import classify
 
 # A column of the comparison: validation samples → a row of class scores (C,) an image, in order.

@@ -41,11 +41,12 @@ from edgekit.artifacts import (
     write_text,
 )
 from edgekit.batches import batches
-from edgekit.datasets import Dataset, Sample, missing, read_split, write_split
+from edgekit.datasets import Dataset, missing, read_split, write_split
 from edgekit.doctor import cpu_computes_bfloat16
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
 from edgekit.preflight import preflight
 from edgekit.recipe import Recipe, to_toml
+from edgekit.samples import Sample
 from edgekit.tasks import TASKS, forward
 
 CHECK_IMAGES = 8

@@ -23,11 +23,12 @@ import onnxruntime
 from edgekit import parity, plugin, report, runner, tasks
 from edgekit.artifacts import RunFolder, is_about, open_run, read_proof, write_bytes, write_json
 from edgekit.batches import batches
-from edgekit.datasets import Dataset, Sample, missing, read_split
+from edgekit.datasets import Dataset, missing, read_split
 from edgekit.errors import ArtifactError, ConfigError, DataError, SetupError
 from edgekit.int8 import calibration, rounding, scheme, sensitivity
 from edgekit.lowering import lower
 from edgekit.lowering.from_torch import from_torch
+from edgekit.samples import Sample
 from edgekit.targets import Target
 from edgekit.turns import take_turns
 

@@ -24,6 +24,7 @@ else:  # Python 3.10
 
 QAT_EPOCHS = 3
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -61,8 +62,10 @@ class Model(_Section):
 class Preprocess(_Section):
     """[preprocess]: what the device does to an image; training does the same."""
 
-    resize: Literal["stretch", "crop"] = Field(
-        "stretch", description="stretch: the whole image, aspect ratio lost; crop: the centre, aspect ratio kept."
+    resize: Literal["stretch", "crop", "letterbox"] = Field(
+        "stretch",
+        description="stretch: the whole image, aspect ratio lost; crop: the centre, aspect ratio kept; "
+        "letterbox: the whole image, aspect ratio kept, bars where it ends.",
     )
     interpolation: Literal["linear", "area"] = Field(
         "linear", description="linear is fast; area is better (and dearer) for large photos with fine detail."
@@ -114,6 +117,15 @@ class Train(_Section):
     )
 
 
+class Detect(_Section):
+    """[detect]: what counts as an answer on the device."""
+
+    score_threshold: Share = Field(0.3, description="A box with a lower score is no answer.")
+    iou_threshold: Share = Field(
+        0.6, description="Of two boxes of a class that overlap more than this, the one with the lower score goes."
+    )
+
+
 class Export(_Section):
     """[export]"""
 
@@ -126,12 +138,16 @@ class Recipe(_Section):
     """Everything a run depends on but the data's content and the code."""
 
     name: str = Field("", description="Name of the run folder under runs/; left out: made from data and backbone.")
-    task: Literal["classify"] = Field("classify", description="What to learn.")
+    task: Literal["classify", "detect", "segment"] = Field(
+        "classify",
+        description="classify: a label an image; detect: a box an object; segment: a class a pixel.",
+    )
     data: Data
     model: Model = Model()
     preprocess: Preprocess = Preprocess()
     augment: Augment = Augment()
     train: Train = Train()
+    detect: Detect = Detect()
     export: Export = Export()
 
 

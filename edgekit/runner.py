@@ -75,23 +75,30 @@ class Spec:
     Saved at fine-tuning (spec.json) and copied unchanged into the bundle's manifest.
     """
 
-    task: str  # "classify"
+    task: str  # "classify", "detect" or "segment"
     input_size: tuple[int, int]  # (height, width) in pixels
-    resize: str  # "stretch": all of the image, aspect ratio lost; "crop": its centre, aspect ratio kept
+    resize: str  # "stretch": all of the image, aspect ratio lost; kept: "crop": its centre, "letterbox": all, with bars
     interpolation: str  # "linear", or "area": averages where the image shrinks
     color_order: str  # what the network was trained on: "rgb" or "bgr"
     mean_255: tuple[float, float, float]  # in 0..255, in color_order
     std_255: tuple[float, float, float]  # in 0..255, in color_order
     class_names: tuple[str, ...]
+    # Detection only:
+    strides: tuple[int, ...] = ()  # pixels of the input from cell to cell, of each pair of outputs
+    score_threshold: float = 0.0  # 0..1: a box with a lower score is no answer
+    iou_threshold: float = 0.0  # 0..1: of two boxes of a class that overlap more, the one with the lower score goes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, strings and numbers, for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Plain lists, strings and numbers, for JSON; without the fields that this task does not have."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if self.task == "detect" or key not in _DETECTION}
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Spec:
         """The inverse of to_dict. Raises RunnerError for a missing, unknown or impossible value."""
         known = set(Spec.__dataclass_fields__)
+        if isinstance(raw, dict) and raw.get("task") != "detect":
+            known -= set(_DETECTION)
         if not isinstance(raw, dict) or set(raw) != known:
             odd = sorted(set(raw) ^ known) if isinstance(raw, dict) else [f"it is a {type(raw).__name__}"]
             raise RunnerError(f"the spec's keys differ from this run.py's: {', '.join(odd)}. Build the bundle again")
@@ -99,7 +106,7 @@ class Spec:
         spec = Spec(**values)
         choices = {
             "task": tuple(POSTPROCESS),
-            "resize": ("stretch", "crop"),
+            "resize": ("stretch", "crop", "letterbox"),
             "interpolation": ("linear", "area"),
             "color_order": ("rgb", "bgr"),
         }
@@ -111,11 +118,21 @@ class Spec:
             "mean_255": _all_are(spec.mean_255, (int, float), 3) and all(map(math.isfinite, spec.mean_255)),
             "std_255": _all_are(spec.std_255, (int, float), 3) and all(0 < std < math.inf for std in spec.std_255),
             "class_names": _all_are(spec.class_names, str) and len(spec.class_names) >= 1,
+            "strides": _all_are(spec.strides, int) and all(stride >= 1 for stride in spec.strides),
+            "score_threshold": _is_share(spec.score_threshold),
+            "iou_threshold": _is_share(spec.iou_threshold),
         }
         for key, holds in possible.items():
             if not holds:
                 raise RunnerError(f"the spec's {key} cannot be {repr(raw[key])[:80]}. Build the bundle again")
         return spec
+
+
+_DETECTION = ("strides", "score_threshold", "iou_threshold")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _all_are(values: Any, kind: Any, count: int | None = None) -> bool:
@@ -189,24 +206,72 @@ def resize(image: np.ndarray, spec: Spec) -> np.ndarray:
         found = f"{type(image).__name__}, {dtype}, shape {shape}"
         raise RunnerError(f"expected an image as an array, uint8, shape (height, width, 3), BGR; found {found}")
     height, width = spec.input_size
-    if spec.resize == "crop":
-        image = _center_crop(image, width / height)
-    shrinks = image.shape[0] >= height and image.shape[1] >= width
+    region = _region((shape[0], shape[1]), spec)
+    image = image[region.top : region.top + region.height, region.left : region.left + region.width]
+    shrinks = region.height >= region.new_height and region.width >= region.new_width
     # INTER_LINEAR has per-platform fast paths that round differently; INTER_LINEAR_EXACT is specified bit for bit.
     flag = cv2.INTER_AREA if spec.interpolation == "area" and shrinks else cv2.INTER_LINEAR_EXACT
     try:
-        return cv2.resize(image, (width, height), interpolation=flag)
+        image = cv2.resize(image, (region.new_width, region.new_height), interpolation=flag)
     except cv2.error as error:  # no memory; 4.5.4 also refuses an image of one pixel
         raise RunnerError(f"OpenCV {cv2.__version__} cannot resize it: {_first_line(error)}") from None
+    if (region.new_height, region.new_width) == (height, width):
+        return image
+    bar = tuple(round(value) for value in spec.mean_255)  # what the network sees as nothing
+    framed = np.empty((height, width, 3), np.uint8)
+    framed[:] = bar[::-1] if spec.color_order == "rgb" else bar
+    framed[region.y : region.y + region.new_height, region.x : region.x + region.new_width] = image
+    return framed
 
 
-def _center_crop(image: np.ndarray, aspect: float) -> np.ndarray:
-    """The largest centred part of the image with the given width / height."""
-    height, width = image.shape[:2]
-    new_height = min(height, max(1, round(width / aspect)))
-    new_width = min(width, max(1, round(height * aspect)))
-    top, left = (height - new_height) // 2, (width - new_width) // 2
-    return image[top : top + new_height, left : left + new_width]
+@dataclass(frozen=True)
+class _Region:
+    """The part of a photo that the network sees, and the part of its input where that lies; whole pixels."""
+
+    left: int  # of the photo
+    top: int
+    width: int
+    height: int
+    x: int  # of the input
+    y: int
+    new_width: int
+    new_height: int
+
+
+def _region(size: tuple[int, int], spec: Spec) -> _Region:
+    """size: (height, width) of the photo."""
+    height, width = size
+    h, w = spec.input_size
+    if spec.resize == "crop":  # the largest centred part with the input's aspect ratio
+        part_height = min(height, max(1, round(width * h / w)))
+        part_width = min(width, max(1, round(height * w / h)))
+        left, top = (width - part_width) // 2, (height - part_height) // 2
+        return _Region(left, top, part_width, part_height, 0, 0, w, h)
+    if spec.resize == "letterbox":  # the largest centred part of the input with the photo's aspect ratio
+        new_height = min(h, max(1, round(w * height / width)))
+        new_width = min(w, max(1, round(h * width / height)))
+        return _Region(0, 0, width, height, (w - new_width) // 2, (h - new_height) // 2, new_width, new_height)
+    return _Region(0, 0, width, height, 0, 0, w, h)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the network's input lies in a photo, in pixels: photo x = left + step_x * input x, and so for y.
+
+    Both count from the upper left corner of the upper left pixel, so that the middle of that pixel is at 0.5.
+    """
+
+    left: float
+    top: float
+    step_x: float
+    step_y: float
+
+
+def placement(size: tuple[int, int], spec: Spec) -> Placement:
+    """size: (height, width) of a photo → where `resize` takes the network's input from."""
+    region = _region(size, spec)
+    step_x, step_y = region.width / region.new_width, region.height / region.new_height
+    return Placement(region.left - region.x * step_x, region.top - region.y * step_y, step_x, step_y)
 
 
 def normalize(images: np.ndarray, spec: Spec) -> np.ndarray:

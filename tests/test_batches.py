@@ -18,9 +18,9 @@ from pictures import SPEC, photo, put, sha
 
 from edgekit import runner
 from edgekit.batches import Batch, batches
-from edgekit.datasets import Sample
 from edgekit.errors import DataError
 from edgekit.recipe import Augment
+from edgekit.samples import Sample
 
 NO_CHANGE = Augment(
     horizontal_flip=0, scale=(1, 1), rotate_degrees=0, translate=0, brightness=0, contrast=0, saturation=0

@@ -19,8 +19,9 @@ from pictures import photo, put, sha
 from PIL import Image
 
 from edgekit import datasets
-from edgekit.datasets import Dataset, Problem, Sample
+from edgekit.datasets import Dataset, Problem
 from edgekit.errors import ArtifactError, DataError
+from edgekit.samples import Sample
 
 SIGNS = Path(__file__).parents[1] / "../shared/data/signs/Dataset"
 needs_signs = pytest.mark.skipif(not SIGNS.is_dir(), reason=f"the hand-sign photos are not at {SIGNS}")

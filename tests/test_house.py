@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "edgekit"
 
 LAYER_0 = {"errors", "forms", "runner"}
-RECORDS = LAYER_0 | {"recipe"}  # the run's choices; a record that nouns may read
+RECORDS = LAYER_0 | {"recipe", "samples"}  # the run's choices and images; records that nouns may read
 NOUNS = {
     "arm64",
     "artifacts",
@@ -41,6 +41,7 @@ NOUNS = {
     "receiver",
     "recipe",
     "report",
+    "samples",
     "targets",
     "terminal",
     "threads",
@@ -59,6 +60,7 @@ ALLOWED = {
     "forms": set(),
     "runner": set(),
     "recipe": LAYER_0,
+    "samples": LAYER_0,
     "targets": LAYER_0,
     "datasets": RECORDS,
     "batches": RECORDS | {"datasets"},

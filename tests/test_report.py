@@ -19,10 +19,11 @@ from shown import HISTORY, HOSTILE, bgr, mistake, not_ok, quantize_record, solid
 from edgekit import pictures, report, runner
 from edgekit.artifacts import RunFolder, write_bytes, write_json, write_text
 from edgekit.backbones import LISTED, Backbone
-from edgekit.datasets import Dataset, Problem, Sample, write_split
+from edgekit.datasets import Dataset, Problem, write_split
 from edgekit.errors import ArtifactError, ConfigError
 from edgekit.latency import LatencyRun, Subject
 from edgekit.recipe import make_recipe, to_toml
+from edgekit.samples import Sample
 from edgekit.threads import ThreadSweep, ThreadTime
 from edgekit.timing import Timing
 
