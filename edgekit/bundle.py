@@ -172,7 +172,7 @@ def _write_check(folder: RunFolder, shipped: _Shipped, check: Path) -> None:
 def _answers(folder: RunFolder, shipped: _Shipped, blobs: np.ndarray) -> runner.Outputs:
     """The trained network's outputs; of int8, which is another network, its own in ONNX Runtime."""
     if shipped.precision == "fp32":
-        return tasks.forward(tasks.load(folder), blobs)
+        return tasks.forward(tasks.load(folder), blobs, folder.read_spec().task)
     return reference(shipped.file, blobs)
 
 

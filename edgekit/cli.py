@@ -190,7 +190,7 @@ def finetune(
     Ctrl-C keeps what was reached.
 
     Where int8 costs a run too much accuracy, --qat RUN trains it on for a few epochs while every layer computes with
-    int8's rounding, so that the weights learn to bear it (quantization-aware training). The top-1 shown is then the
+    int8's rounding, so that the weights learn to bear it (quantization-aware training). The accuracy shown is then the
     rounded network's; only --epochs, --learning-rate, --batch-size, --seed, --device, --name and --runs go with it.
     """
     changes = {
@@ -240,7 +240,8 @@ def finetune(
         print_json({"run": done.run, "best": vars(done.best), "epochs": len(done.history)})
         return
     early = " (stopped early: nothing better came)" if done.stopped_early else ""
-    typer.echo(f"best: top-1 {100 * done.best.val_top1:.2f} % in epoch {done.best.epoch} of {len(done.history)}{early}")
+    figure = f"{done.best.metric} {100 * done.best.val_metric:.2f} %"
+    typer.echo(f"best: {figure} in epoch {done.best.epoch} of {len(done.history)}{early}")
     typer.echo(f"next: edgekit {'quantize' if qat else 'bundle'} {done.run}")
 
 

@@ -38,7 +38,7 @@ class Exported:
 
 
 def export(run: Path, form: Form = "opencv5", progress: Callable[[str], None] | None = None) -> Exported:
-    """Writes a run's model.onnx: float32 image (1, 3, h, w) → float32 logits (1, C), weights inside, fixed shapes.
+    """Writes a run's model.onnx: float32 image (1, 3, h, w) → the task's outputs, weights inside, fixed shapes.
 
     It is compared with the trained network, on the run's check images, through ONNX Runtime and each engine of the
     OpenCV here; parity.json gets the figures. The same weights give the same bytes.
@@ -54,7 +54,7 @@ def export(run: Path, form: Form = "opencv5", progress: Callable[[str], None] | 
     recipe = folder.read_recipe()
     blobs = _check_blobs(folder)
     module = tasks.load(folder)
-    expected = tasks.forward(module, blobs)
+    expected = tasks.forward(module, blobs, folder.read_spec().task)
     if not all(np.isfinite(array).all() for array in expected.values()):
         raise ParityError(f"{folder.weights} gives NaN or infinite outputs: train it again, with a lower learning_rate")
     say(f"exporting {recipe.model.backbone} to ONNX")

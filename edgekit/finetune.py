@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
@@ -46,8 +45,8 @@ from edgekit.doctor import cpu_computes_bfloat16
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
 from edgekit.preflight import preflight
 from edgekit.recipe import Recipe, to_toml
-from edgekit.samples import Sample
-from edgekit.tasks import TASKS, forward
+from edgekit.samples import Mask, Sample
+from edgekit.tasks import TASKS, answers, forward
 
 CHECK_IMAGES = 8
 
@@ -74,7 +73,8 @@ class Epoch:
     learning_rate: float  # the epoch's last
     train_loss: float
     val_loss: float
-    val_top1: float  # 0..1
+    metric: str  # the task's: "top-1", "mAP@0.5" or "mean IoU"
+    val_metric: float  # 0..1
     seconds: float
     images_per_second: float  # of training alone
 
@@ -130,12 +130,16 @@ def finetune(
     spec = backbones.default_spec(
         recipe.model.backbone,
         dataset.class_names,
+        task=recipe.task,
         input_size=recipe.model.input_size,
         resize=recipe.preprocess.resize,
         interpolation=recipe.preprocess.interpolation,
+        score_threshold=recipe.detect.score_threshold,
+        iou_threshold=recipe.detect.iou_threshold,
     )
     model = _start(recipe, dataset.class_names)
-    preflight(recipe.model.backbone, model, spec, [dataset.train[0].path, dataset.val[0].path], opencv)
+    names = TASKS[recipe.task].OUTPUTS
+    preflight(recipe.model.backbone, model, spec, names, [dataset.train[0].path, dataset.val[0].path], opencv)
     if recipe.train.qat:
         fake_quantization.fake_quantize(model)
     name = f"{dataset.root.name}-{recipe.model.backbone.replace(':', '-')}"
@@ -251,17 +255,25 @@ def _new_run(
 
 
 def _check_samples(dataset: Dataset) -> Iterator[Sample]:
-    """Validation images, the classes in turn, so that few images show many classes."""
-    by_class: dict[int, list[Sample]] = {}
+    """Validation images, the kinds in turn, so that few images show many classes."""
+    by_kind: dict[str, list[Sample]] = {}
     for sample in sorted(dataset.val, key=lambda s: s.sha256):
-        by_class.setdefault(sample.label, []).append(sample)
-    queues = [by_class[label] for label in sorted(by_class)]
+        by_kind.setdefault(_kind(sample), []).append(sample)
+    queues = [by_kind[kind] for kind in sorted(by_kind)]
     count = 0
     while count < CHECK_IMAGES and any(queues):
         for queue in queues:
             if queue and count < CHECK_IMAGES:
                 count += 1
                 yield queue.pop(0)
+
+
+def _kind(sample: Sample) -> str:
+    """What an image shows, as far as that is known without looking: its class, its boxes' classes, or its folder."""
+    if isinstance(sample.label, Mask):
+        return str(sample.path.parent)
+    ids = [sample.label] if isinstance(sample.label, int) else sorted({box.class_id for box in sample.label})
+    return " ".join(f"{class_id:06d}" for class_id in ids)
 
 
 def _history_csv(history: Sequence[Epoch]) -> str:
@@ -341,8 +353,8 @@ def _run_phases(
 
 
 def best_epoch(history: Sequence[Epoch]) -> Epoch:
-    """The epoch whose weights are kept: the highest validation top-1, then the lowest loss, then the first."""
-    return max(history, key=lambda row: (row.val_top1, -row.val_loss))
+    """The epoch whose weights are kept: the highest validation metric, then the lowest loss, then the first."""
+    return max(history, key=lambda row: (row.val_metric, -row.val_loss))
 
 
 def _fabric(recipe: Recipe) -> Fabric:
@@ -381,7 +393,7 @@ def _computes_bfloat16(accelerator: str) -> bool:
 
 def _phases(recipe: Recipe, model: torch.nn.Module) -> tuple[_Phase, _Phase]:
     train = recipe.train
-    count = round(train.unfrozen_fraction * len(backbones.stages(model)))
+    count = round(train.unfrozen_fraction * len(_stages(recipe, model)))
     return (
         _Phase("head", train.head_epochs, train.head_learning_rate, 0),
         _Phase("stages", train.epochs, train.learning_rate, count),
@@ -400,7 +412,7 @@ def _optimizer(recipe: Recipe, phase: _Phase, model: torch.nn.Module) -> torch.o
     model.requires_grad_(False)
     for module in _learning(recipe, phase, model):
         module.requires_grad_(True)
-    if phase.stages == len(backbones.stages(model)):
+    if phase.stages == len(_stages(recipe, model)):
         model.requires_grad_(True)  # also what belongs to no stage, such as position embeddings
     # timm re-exports it without saying so
     groups = optim.param_groups_weight_decay(model, recipe.train.weight_decay)  # type: ignore[attr-defined]
@@ -408,8 +420,12 @@ def _optimizer(recipe: Recipe, phase: _Phase, model: torch.nn.Module) -> torch.o
 
 
 def _learning(recipe: Recipe, phase: _Phase, model: torch.nn.Module) -> list[torch.nn.Module]:
-    stages = [module for _, module in backbones.stages(model)]
+    stages = _stages(recipe, model)
     return [*stages[len(stages) - phase.stages :], TASKS[recipe.task].head(model)]
+
+
+def _stages(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for _, module in backbones.stages(TASKS[recipe.task].trunk(model))]
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
@@ -435,34 +451,34 @@ def _epoch(job: _Job, phase: _Phase, place: Step, done: int, fabric: Fabric, mod
     start, seen, loss_sum, rate = time.perf_counter(), 0, 0.0, 0.0
     stream = batches(job.dataset.train, spec, recipe.train.batch_size, augment=recipe.augment, seed=seed)
     for step, batch in enumerate(stream, start=1):
-        if len(batch.labels) < 2:
+        if len(batch.samples) < 2:
             continue  # BatchNorm cannot learn from a single image
         rate = learning_rate(phase.learning_rate, done * place.steps + step, phase.epochs * place.steps, recipe)
         for group in optimizer.param_groups:
             group["lr"] = rate
         images = torch.from_numpy(runner.normalize(batch.images, spec)).to(fabric.device)
-        labels = torch.from_numpy(batch.labels).to(fabric.device)
-        logits = module(images.contiguous(memory_format=torch.channels_last))
-        loss = TASKS[recipe.task].loss(logits, labels, recipe)
+        outputs = module(images.contiguous(memory_format=torch.channels_last))
+        loss = TASKS[recipe.task].loss(outputs, batch.labels, recipe)
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
-        seen += len(batch.labels)
-        loss_sum += float(loss.detach()) * len(batch.labels)
+        seen += len(batch.samples)
+        loss_sum += float(loss.detach()) * len(batch.samples)
         if not math.isfinite(loss_sum):
             raise ConfigError(f"the loss is no longer finite in epoch {place.epoch}: lower train.learning_rate")
         job.on_step(
             replace(place, step=step, loss=loss_sum / seen, images_per_second=seen / (time.perf_counter() - start))
         )
     trained = time.perf_counter()
-    val_loss, val_top1 = _validate(recipe, spec, job.dataset.val, module.module)
+    val_loss, val_metric = _validate(recipe, spec, job.dataset.val, module.module)
     return Epoch(
         epoch=place.epoch,
         phase=phase.name,
         learning_rate=rate,
         train_loss=loss_sum / seen,
         val_loss=val_loss,
-        val_top1=val_top1,
+        metric=TASKS[recipe.task].METRIC,
+        val_metric=val_metric,
         seconds=time.perf_counter() - start,
         images_per_second=seen / (trained - start),
     )
@@ -480,16 +496,19 @@ def learning_rate(peak: float, step: int, steps: int, recipe: Recipe) -> float:
 def _validate(
     recipe: Recipe, spec: runner.Spec, samples: Sequence[Sample], model: torch.nn.Module
 ) -> tuple[float, float]:
-    """→ the mean loss and the share of images whose best answer is their label, on whole, unaugmented images.
+    """→ the mean loss and the task's metric, 0..1, on whole, unaugmented images.
 
     model: without Fabric around it, so in float32, as it will be exported, whatever it is trained in; where it is
     fake-quantized, the figures are the quantized network's, and so is the choice of the best epoch.
     """
     task = TASKS[recipe.task]
     model.eval()
-    logits, labels = [], []
+    loss_sum = 0.0
+    found: list[runner.Results] = []
     for batch in batches(samples, spec, recipe.train.batch_size):
-        logits.append(forward(model, runner.normalize(batch.images, spec))["logits"])
-        labels.append(batch.labels)
-    outputs, truth = torch.from_numpy(np.concatenate(logits)), torch.from_numpy(np.concatenate(labels))
-    return float(task.loss(outputs, truth, recipe)), float((outputs.argmax(dim=1) == truth).double().mean())
+        outputs = forward(model, runner.normalize(batch.images, spec), recipe.task)
+        arrays = [torch.from_numpy(outputs[name]) for name in task.OUTPUTS]
+        loss = task.loss(arrays[0] if len(arrays) == 1 else tuple(arrays), batch.labels, recipe)
+        loss_sum += float(loss) * len(batch.samples)
+        found += answers(outputs, spec, batch.sizes)
+    return loss_sum / len(samples), task.metric(found, samples)

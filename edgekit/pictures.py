@@ -126,7 +126,7 @@ def _write_counts(axes: Axes, counts: np.ndarray, cells: np.ndarray, cell_points
 
 
 def curves_picture(history: Sequence[Mapping[str, Any]], theme: ThemeName = "light") -> bytes:
-    """Rows of history.csv, at least one → a PNG: losses and validation top-1 by epoch, with the phases' boundaries."""
+    """Rows of history.csv, at least one → a PNG: losses and the validation metric by epoch, with the phases' boundaries."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -134,13 +134,13 @@ def curves_picture(history: Sequence[Mapping[str, Any]], theme: ThemeName = "lig
     epochs = [int(row["epoch"]) for row in history]
     with style(colors):
         figure = Figure(figsize=(9, 3.3), dpi=DPI)
-        loss, top1 = figure.subplots(1, 2)
+        loss, metric = figure.subplots(1, 2)
         figure.subplots_adjust(wspace=0.2)
         for name, title, color in (("train_loss", "training", colors.right), ("val_loss", "validation", colors.wrong)):
             loss.plot(epochs, [float(row[name]) for row in history], "o-", markersize=4, color=color, label=title)
         loss.legend(loc="upper right", frameon=False, labelcolor=colors.ink)
-        top1.plot(epochs, [100 * float(row["val_top1"]) for row in history], "o-", markersize=4, color=colors.wrong)
-        for axes, title in ((loss, "loss"), (top1, "validation top-1, %")):
+        metric.plot(epochs, [100 * float(row["val_metric"]) for row in history], "o-", markersize=4, color=colors.wrong)
+        for axes, title in ((loss, "loss"), (metric, f"validation {history[0]['metric']}, %")):
             axes.set_title(title, loc="left", color=colors.ink, fontsize=11, pad=18)
             axes.set_xlabel("epoch")
             axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
@@ -149,7 +149,7 @@ def curves_picture(history: Sequence[Mapping[str, Any]], theme: ThemeName = "lig
             axes.spines[["top", "right", "left"]].set_visible(False)
             axes.tick_params(length=0)
             _mark_phases(axes, history, colors)
-        _mark_best(top1, history, colors)
+        _mark_best(metric, history, colors)
         return png(figure)
 
 
@@ -175,9 +175,9 @@ def _mark_phases(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme
 
 
 def _mark_best(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme) -> None:
-    """A larger dot, and the figure, at the epoch whose weights are kept: the best top-1, then the lowest loss."""
-    best = max(history, key=lambda row: (float(row["val_top1"]), -float(row["val_loss"])))
-    at = (int(best["epoch"]), 100 * float(best["val_top1"]))
+    """A larger dot, and the figure, at the epoch whose weights are kept: the best metric, then the lowest loss."""
+    best = max(history, key=lambda row: (float(row["val_metric"]), -float(row["val_loss"])))
+    at = (int(best["epoch"]), 100 * float(best["val_metric"]))
     axes.plot(*at, "o", color=colors.wrong, markersize=8)
     offset = (0, -16)  # under the point: the curve's best is at its top
     axes.annotate(f"{at[1]:.2f}", at, offset, textcoords="offset points", ha="center", color=colors.ink)

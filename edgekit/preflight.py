@@ -27,11 +27,17 @@ TIMEOUT_S = 120.0
 
 
 def preflight(
-    backbone: str, model: torch.nn.Module, spec: runner.Spec, images: Sequence[Path], opencv: Sequence[str] = ()
+    backbone: str,
+    model: torch.nn.Module,
+    spec: runner.Spec,
+    output_names: Sequence[str],
+    images: Sequence[Path],
+    opencv: Sequence[str] = (),
 ) -> None:
     """Tries a network on the OpenCV here and on others; recommended backbones that were proved there are not tried.
 
-    model: as it will be trained, on the CPU; left in eval mode. images: one or more real ones. opencv: versions, as
+    model: as it will be trained, on the CPU; left in eval mode; it gives a tensor, or a tuple of them, of these names.
+    images: one or more real ones. opencv: versions, as
     `environments.opencv_python` takes them. Raises ConfigError where no engine of one of them computes what torch
     does, with the reason and a backbone that runs there, and SetupError where a version cannot be had.
     """
@@ -42,10 +48,12 @@ def preflight(
     model.eval()
     blobs = np.concatenate([runner.preprocess(runner.read_image(image), spec) for image in images])
     with torch.inference_mode():
-        expected = {"logits": model(torch.from_numpy(blobs)).numpy()}
+        outputs = model(torch.from_numpy(blobs))
+    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+    expected = {name: tensor.numpy() for name, tensor in zip(output_names, tensors, strict=True)}
     with tempfile.TemporaryDirectory(prefix="edgekit-preflight-") as folder:
         path = Path(folder, "model.onnx")
-        onnx.save(lower(from_torch(model, spec.input_size, ("logits",))), path)
+        onnx.save(lower(from_torch(model, spec.input_size, output_names)), path)
         pythons = [*([] if is_known_here else [None]), *map(opencv_python, others)]
         for python in pythons:
             verdicts = parity.compare(path, blobs, expected, tolerance=TOLERANCE, timeout_s=TIMEOUT_S, python=python)
@@ -54,9 +62,14 @@ def preflight(
 
 
 def _is_known(backbone: str, spec: runner.Spec, version: str) -> bool:
-    """Is it a recommended one that was proved on this version, at a size like this one?"""
+    """Is it a recommended one that was proved on this version, as a classifier, at a size like this one?"""
     row = BACKBONES.get(backbone)
-    return row is not None and _minor(version) in row.opencv and min(spec.input_size) >= MIN_PROVED_SIZE
+    return (
+        spec.task == "classify"
+        and row is not None
+        and _minor(version) in row.opencv
+        and min(spec.input_size) >= MIN_PROVED_SIZE
+    )
 
 
 def _minor(version: str) -> str:

@@ -66,7 +66,7 @@ class Display:
         """A line that stays."""
         self._progress.console.print(
             f"  epoch {epoch.epoch:>2} {epoch.phase:<6}  loss {epoch.train_loss:.3f}  val {epoch.val_loss:.3f}  "
-            f"top-1 {100 * epoch.val_top1:.2f} %  {epoch.images_per_second:.0f} images/s  {epoch.seconds:.0f} s"
+            f"{epoch.metric} {100 * epoch.val_metric:.2f} %  {epoch.images_per_second:.0f} images/s  {epoch.seconds:.0f} s"
         )
 
     def _show(self, name: str, done: int, total: int | None, note: str) -> None:

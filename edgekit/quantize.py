@@ -104,13 +104,15 @@ class _Guard:
 
     folder: RunFolder
     task: Any
+    spec: runner.Spec
     engines: tuple[_Engine, ...]
     samples: tuple[Sample, ...]
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of each photo
     blobs: np.ndarray  # the first of the samples as the network takes them: what ONNX Runtime answers too, and is timed
     threads: int
     times: bool  # can the target's speed be measured on this machine?
     not_judged: tuple[str, ...]  # OpenCVs of the target that cannot be had here, and why
-    expected: dict[str, runner.Outputs]  # fp32's outputs on the samples, by engine
+    expected: dict[str, list[runner.Results]]  # fp32's answers on the samples, by engine
 
 
 def quantize(
@@ -245,7 +247,7 @@ def _maker(
     """Calibrates the trained network and rounds its weights."""
     progress("loading the network", 0, 0)
     module = tasks.load(folder)
-    names = tuple(tasks.forward(module, runner.normalize(pixels[:1], spec)))
+    names = tasks.TASKS[spec.task].OUTPUTS
     exported = from_torch(module, spec.input_size, names)
     model, tuned = ir.from_proto(lower(exported, "plain")), ir.from_proto(lower(exported, target.form))
     is_integer = target.form.startswith("opencv4")
@@ -295,9 +297,10 @@ def _guard(
     if not engines:
         raise SetupError(f"int8 cannot be judged for {target.name} here: {'; '.join(reasons)}")
     spec, task = folder.read_spec(), tasks.TASKS[folder.read_recipe().task]
+    sizes = tuple(size for batch in batches(samples, spec, 8) for size in batch.sizes)
     blobs = runner.normalize(np.concatenate([batch.images for batch in batches(samples[:COMPARED], spec, 8)]), spec)
     times = platform.machine() in target.arch
-    return _Guard(folder, task, tuple(engines), samples, blobs, target.threads, times, tuple(reasons), {})
+    return _Guard(folder, task, spec, tuple(engines), samples, sizes, blobs, target.threads, times, tuple(reasons), {})
 
 
 def _measure(guard: _Guard, name: str, path: Path, spared: Sequence[str], progress: Progress) -> Variant:
@@ -329,12 +332,11 @@ def _figure(guard: _Guard, engine: _Engine, run: parity.Run) -> Figure:
     figure = Figure(engine.opencv.version, engine.name, run.status, run.message, None, None, None, None, None)
     if run.status != "ok":
         return figure
-    labels = np.array([sample.label for sample in guard.samples])
-    expected = guard.expected.setdefault(f"{engine.opencv.version} {engine.name}", run.arrays)
-    metric, best = guard.task.metric(run.arrays, labels), guard.task.metric(expected, labels)
-    return replace(
-        figure, metric=metric, drop=100 * (best - metric), agreement=guard.task.agreement(run.arrays, expected)
-    )
+    found = tasks.answers(run.arrays, guard.spec, guard.sizes)
+    expected = guard.expected.setdefault(f"{engine.opencv.version} {engine.name}", found)
+    metric, best = guard.task.metric(found, guard.samples), guard.task.metric(expected, guard.samples)
+    agreement = guard.task.agreement(found, expected, guard.spec)
+    return replace(figure, metric=metric, drop=100 * (best - metric), agreement=agreement)
 
 
 def _fault(outputs: runner.Outputs, expected: runner.Outputs, tolerance: float) -> str:

@@ -57,7 +57,7 @@ def verify(
     spec, images = folder.read_spec(), folder.check_images()
     pixels = [runner.resize(runner.read_image(image), spec) for image in images]
     blobs = runner.normalize(np.stack(pixels), spec)
-    expected = tasks.forward(tasks.load(folder), blobs)
+    expected = tasks.forward(tasks.load(folder), blobs, folder.read_spec().task)
     tolerance = folder.read_recipe().export.tolerance
     found: dict[str, tuple[parity.Verdict, ...]] = {}
     for version in versions:
