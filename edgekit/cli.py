@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edgekit.finetune import Finetuned
     from edgekit.pipeline import Outcome
     from edgekit.progress import Display
-    from edgekit.recipe import Recipe
+    from edgekit.recipe import Recipe, Task
     from edgekit.targets import Target
     from edgekit.timing import Timing
 
@@ -52,7 +52,12 @@ NONE = "-"  # a setting that has no value
 Runs = Annotated[Path, typer.Option("--runs", help="Where run folders are.")]
 Dist = Annotated[Path, typer.Option("--dist", help="Where bundles go.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as finetune makes it (runs/NAME).")]
-DataPath = Annotated[str, typer.Argument(metavar="DATA", help="Image folder (a folder a class) or CSV (path,label).")]
+DATA_HELP = (
+    "Labelled images. classify: a folder a class, or a CSV (path,label); detect: Pascal VOC, COCO or YOLO; segment: "
+    "images/ and masks/, or each mask beside its photo."
+)
+DataPath = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
+TaskName = Annotated[str, typer.Option("--task", help="classify, detect or segment. Default: as the data looks.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out instead of stopping.")]
 
 
@@ -78,23 +83,25 @@ def demo(
     folder: Annotated[Path, typer.Option("--dir", help="Where the demo's data, run and bundle go.")] = Path(
         "edgekit-demo"
     ),
+    task: Annotated[str, typer.Option(help="classify, detect or segment.")] = "classify",
     as_json: AsJson = False,
 ) -> None:
     """See the whole flow, on real handwritten digits.
 
-    Fine-tunes, proves, bundles and runs in a minute or two. Needs no network and no data of yours.
+    Fine-tunes, proves, bundles and runs in a minute or two; detect and segment, on canvases composed of the digits, in
+    several. Needs no network and no data of yours.
     """
     from edgekit.progress import display
     from edgekit.targets import read_target
 
+    chosen = _task(task)
     with display() as show:
         show.busy(LOADING)
-        from edgekit.demo import digits_recipe, write_digits
+        from edgekit.demo import write_demo
         from edgekit.pipeline import Watch, pipeline
 
-        write_digits(folder / "data" / "digits")
+        recipe = write_demo(folder / "data", chosen)
         runs = folder / "runs"
-        recipe = digits_recipe(folder / "data" / "digits", "")
         watch = Watch(on_stage=show.stage, on_step=show.step, on_epoch=show.epoch, on_image=show.images)
         outcome = pipeline(recipe, read_target("cpu"), runs, folder / "dist", watch)
         show.stage("bench")
@@ -131,7 +138,9 @@ def _print_demo(outcome: Outcome, latency: dict[str, Any], as_json: bool) -> Non
     rows = bundled.checked["images"]
     typer.echo(f"check: {sum(row['ok'] for row in rows)} of {len(rows)} images as trained, by the bundle's own run.py")
     typer.echo(f"report: {outcome.trained.run / 'report.html'}")
-    typer.echo("\nNext, with your own images (a folder a class):")
+    if metrics["task"] != "classify":
+        typer.echo("The images are composed of real digits: they show the flow, not how hard yours are.")
+    typer.echo("\nNext, with your own labelled images:")
     typer.echo("  edgekit finetune DATA           train; makes runs/NAME")
     typer.echo("  edgekit bundle runs/NAME        prove and pack; makes dist/NAME-cpu and .tar.gz")
     typer.echo(f"  edgekit run {bundled.path} infer {outcome.trained.run / 'check'}")
@@ -142,6 +151,7 @@ def init(
     data: DataPath,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing recipe.")] = False,
+    task: TaskName = "",
     skip_bad: SkipBad = False,
 ) -> None:
     """Look at a data folder and write a commented recipe.toml.
@@ -149,26 +159,27 @@ def init(
     Change it as you like and give it to finetune. Where the defaults suit, no recipe is needed.
     """
     from edgekit.artifacts import write_text
+    from edgekit.datasets import guess_task
     from edgekit.recipe import suggest, to_toml
 
     if output.exists() and not force:
         raise UsageError(f"{output} exists already: choose another --output, or --force to overwrite it")
-    dataset = _read_data(suggest(data, ()), skip_bad)
-    write_text(output, to_toml(suggest(data, dataset.class_names)))
+    chosen = _task(task or guess_task(Path(data)))
+    dataset = _read_data(suggest(data, (), chosen), skip_bad)
+    write_text(output, to_toml(suggest(data, dataset.class_names, chosen)))
     typer.echo(f"wrote {output}. Next: edgekit finetune --recipe {output}")
 
 
 @app.command()
 def finetune(
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Image folder (a folder a class) or CSV (path,label).")
-    ] = "",
+    data: Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)] = "",
     recipe: Annotated[Path | None, typer.Option(help="A recipe.toml, as init writes it.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this interrupted run.")] = None,
     qat: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Train this finished run on with int8's rounding; makes runs/NAME-qat."),
     ] = None,
+    task: TaskName = "",
     name: Annotated[str, typer.Option(help="Name of the run folder.")] = "",
     backbone: Annotated[str, typer.Option(help="See `edgekit backbones`.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Start from this .safetensors or .pth file.")] = None,
@@ -176,7 +187,7 @@ def finetune(
     epochs: Annotated[int | None, typer.Option(min=0, help="Epochs for the last stages of the backbone.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Images a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=32, help="Side of the (square) network input, pixels.")] = None,
+    image_size: Annotated[str, typer.Option(help="Network input in pixels: a side, or HEIGHTxWIDTH.")] = "",
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
     opencv: Annotated[str, typer.Option(help="Refuse a backbone that these cannot run, such as 4.6,4.10.")] = "",
@@ -186,8 +197,8 @@ def finetune(
 ) -> None:
     """Train on a folder of labelled images; makes runs/NAME.
 
-    Defaults are good: just give DATA. First the new head learns, then the last stages of the pretrained backbone.
-    Ctrl-C keeps what was reached.
+    Defaults are good: just give DATA. First the new head learns, then the last stages of the pretrained backbone (all of
+    it, to detect and to segment). Ctrl-C keeps what was reached.
 
     Where int8 costs a run too much accuracy, --qat RUN trains it on for a few epochs while every layer computes with
     int8's rounding, so that the weights learn to bear it (quantization-aware training). The accuracy shown is then the
@@ -199,7 +210,7 @@ def finetune(
         ("model", "backbone"): backbone,
         ("model", "weights"): str(weights) if weights else "",
         ("model", "pretrained"): False if no_pretrained else None,
-        ("model", "input_size"): [image_size, image_size] if image_size else None,
+        ("model", "input_size"): _image_size(image_size),
         ("train", "epochs"): epochs,
         ("train", "batch_size"): batch_size,
         ("train", "learning_rate"): learning_rate,
@@ -207,6 +218,8 @@ def finetune(
         ("train", "device"): device,
     }
     given = {key: value for key, value in changes.items() if value not in ("", None)}
+    if task and (recipe or resume or qat):
+        raise UsageError("--task goes with DATA: a recipe and a run say themselves what is learnt")
     versions = _versions(opencv)
     if qat and (given.keys() - _QAT_SETTINGS or recipe or resume or versions or skip_bad):
         raise UsageError(
@@ -229,7 +242,7 @@ def finetune(
     elif qat:
         done = _finetune_qat(qat, given, runs)
     else:
-        chosen, dataset = _plan(recipe, given, skip_bad)
+        chosen, dataset = _plan(recipe, given, task, skip_bad)
         with display() as show:
             show.busy(LOADING)
             from edgekit.finetune import finetune as stage
@@ -263,20 +276,37 @@ def _finetune_qat(source: Path, given: dict[tuple[str, ...], Any], runs: Path) -
         return stage(source, recipe, runs, on_step=show.step, on_epoch=show.epoch)
 
 
+def _task(name: str) -> Task:
+    if name not in ("classify", "detect", "segment"):
+        raise UsageError(f"no task is called {name!r} (there are: classify, detect, segment)")
+    return cast("Task", name)
+
+
+def _image_size(text: str) -> list[int] | None:
+    """ "320" → [320, 320], "384x512" → [384, 512] (height, width), "" → None."""
+    sides = text.lower().split("x")
+    if text and not (len(sides) <= 2 and all(side.isdecimal() for side in sides)):
+        raise UsageError(f"--image-size takes a side in pixels (320) or HEIGHTxWIDTH (384x512), not {text!r}")
+    return [int(sides[0]), int(sides[-1])] if text else None
+
+
 def _versions(text: str) -> tuple[str, ...]:
     """ "4.10, 5.0" → ("4.10", "5.0")."""
     return tuple(version.strip() for version in text.split(",") if version.strip())
 
 
-def _plan(file: Path | None, changes: dict[tuple[str, ...], Any], skip_bad: bool) -> tuple[Recipe, Dataset]:
+def _plan(file: Path | None, changes: dict[tuple[str, ...], Any], task: str, skip_bad: bool) -> tuple[Recipe, Dataset]:
     """The recipe file (or what suits the data) with the command line's changes on top, and the data."""
+    from edgekit.datasets import guess_task
     from edgekit.recipe import read_recipe, suggest
 
-    base = read_recipe(file) if file else suggest(changes[("data", "path")], ())
+    path = changes.get(("data", "path"), "")
+    base = read_recipe(file) if file else suggest(path, (), _task(task or guess_task(Path(path))))
     recipe = _changed(base, changes, str(file) if file else "the options")
     dataset = _read_data(recipe, skip_bad)
     if file is None:
-        recipe = recipe.model_copy(update={"augment": suggest(recipe.data.path, dataset.class_names).augment})
+        augment = suggest(recipe.data.path, dataset.class_names, recipe.task).augment
+        recipe = recipe.model_copy(update={"augment": augment})
     return recipe, dataset
 
 
@@ -300,9 +330,14 @@ def _read_data(recipe: Recipe, skip_bad: bool) -> Dataset:
     data = recipe.data
     with display() as show:
         dataset = check_dataset(
-            Path(data.path), val_fraction=data.val_fraction, split_seed=data.split_seed, progress=show.files
+            Path(data.path),
+            recipe.task,
+            val_fraction=data.val_fraction,
+            split_seed=data.split_seed,
+            progress=show.files,
         )
-    counts = f"{len(dataset.train)} training and {len(dataset.val)} validation images"
+    tested = f" (and {len(dataset.test)} to test with)" if dataset.test else ""
+    counts = f"{recipe.task}: {len(dataset.train)} training and {len(dataset.val)} validation images{tested}"
     console.print(f"{counts} in {len(dataset.class_names)} classes")
     if dataset.problems:
         console.print(report.problems_table(dataset.problems))
@@ -314,14 +349,18 @@ def _read_data(recipe: Recipe, skip_bad: bool) -> Dataset:
 def evaluate(
     run: Run,
     bundle: Annotated[Path | None, typer.Option(help="Also measure this bundle, by its own run.py.")] = None,
+    subset: Annotated[str, typer.Option(help="val, or test where the data has a test subset of its own.")] = "val",
     as_json: AsJson = False,
 ) -> None:
     """Measure a run on its validation images.
 
-    Torch, ONNX and bundle side by side. Writes metrics.json, confusion.png, mistakes.jpg and report.html into the
-    run folder.
+    Torch, ONNX and bundle side by side. Writes metrics.json, confusion.png (detect: precision-recall.png), mistakes.jpg
+    and report.html into the run folder.
     """
     from edgekit.artifacts import open_run
+
+    if subset not in ("val", "test"):
+        raise UsageError(f"no subset is called {subset!r} (there are: val, test)")
 
     open_run(run)
     from edgekit.progress import display
@@ -331,7 +370,7 @@ def evaluate(
         from edgekit import report
         from edgekit.evaluate import evaluate as stage
 
-        done = stage(run, bundle, on_image=show.images)
+        done = stage(run, bundle, subset=subset, on_image=show.images)
     if as_json:
         print_json(done.metrics)
         return

@@ -45,8 +45,8 @@ def evaluate(
     on_image: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Evaluation:
     """Measures the run's network on its validation images: in torch, as model.onnx where export has made it, and
-    as `bundle` where one is given. Writes metrics.json, a picture of the figures (confusion.png or curves of precision),
-    mistakes.jpg and report.html.
+    as `bundle` where one is given. Writes metrics.json, confusion.png or precision-recall.png, mistakes.jpg and
+    report.html.
 
     subset: "val", or "test" where the data has one of its own. on_image(column, done, total) follows the work. Raises
     ArtifactError or DataError when something is missing.

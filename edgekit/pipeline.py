@@ -41,7 +41,7 @@ def pipeline(recipe: Recipe, target: Target, runs: Path, dist: Path, watch: Watc
     """Images → trained network → proved ONNX → bundle that checks itself → figures of all three side by side."""
     watch.on_stage("data")
     data = recipe.data
-    dataset = read_dataset(Path(data.path), val_fraction=data.val_fraction, split_seed=data.split_seed)
+    dataset = read_dataset(Path(data.path), recipe.task, val_fraction=data.val_fraction, split_seed=data.split_seed)
     watch.on_stage("finetune")
     trained = finetune(recipe, dataset, runs, on_step=watch.on_step, on_epoch=watch.on_epoch)
     watch.on_stage("export")

@@ -64,9 +64,10 @@ class Display:
 
     def epoch(self, epoch: Epoch) -> None:
         """A line that stays."""
+        figure = f"{epoch.metric} {100 * epoch.val_metric:.2f} %"
         self._progress.console.print(
             f"  epoch {epoch.epoch:>2} {epoch.phase:<6}  loss {epoch.train_loss:.3f}  val {epoch.val_loss:.3f}  "
-            f"{epoch.metric} {100 * epoch.val_metric:.2f} %  {epoch.images_per_second:.0f} images/s  {epoch.seconds:.0f} s"
+            f"{figure}  {epoch.images_per_second:.0f} images/s  {epoch.seconds:.0f} s"
         )
 
     def _show(self, name: str, done: int, total: int | None, note: str) -> None:

@@ -6,12 +6,13 @@ Unknown keys are errors: a mistyped setting must not be ignored.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,6 +24,8 @@ else:  # Python 3.10
     import tomli as tomllib
 
 QAT_EPOCHS = 3
+
+Task = Literal["classify", "detect", "segment"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -41,7 +44,10 @@ class _Section(BaseModel):
 class Data(_Section):
     """[data]"""
 
-    path: str = Field(description="Image folder (a folder a class, or train/ and val/ with those) or CSV (path,label).")
+    path: str = Field(
+        description="classify: image folder (a folder a class, or train/ and val/ with those) or CSV (path,label). "
+        "detect: Pascal VOC, COCO or YOLO. segment: images/ and masks/, or photo and mask side by side."
+    )
     val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.2, description="Share of each class kept for validation where the data has no val/ of its own."
     )
@@ -138,7 +144,7 @@ class Recipe(_Section):
     """Everything a run depends on but the data's content and the code."""
 
     name: str = Field("", description="Name of the run folder under runs/; left out: made from data and backbone.")
-    task: Literal["classify", "detect", "segment"] = Field(
+    task: Task = Field(
         "classify",
         description="classify: a label an image; detect: a box an object; segment: a class a pixel.",
     )
@@ -151,10 +157,27 @@ class Recipe(_Section):
     export: Export = Export()
 
 
-def suggest(data_path: str, class_names: Sequence[str]) -> Recipe:
-    """The defaults, but no mirroring where the class names say that left and right matter."""
+# What suits boxes and masks better than the defaults, which are for whole images: all of the network learns, and for
+# longer, as much of it is new; and boxes are not turned, since a turned box is a looser one.
+_DENSE = {
+    "detect": {
+        "preprocess": {"resize": "letterbox"},
+        "augment": {"rotate_degrees": 0.0, "scale": (0.6, 1.2), "translate": 0.1},
+    },
+    "segment": {"augment": {"scale": (0.6, 1.1)}},
+}
+_DENSE_TRAIN = {"epochs": 40, "unfrozen_fraction": 1.0, "batch_size": 8, "head_learning_rate": 2e-3, "patience": 15}
+
+
+def suggest(data_path: str, class_names: Sequence[str], task: Task = "classify") -> Recipe:
+    """What suits the task; no mirroring where the class names say that left and right matter."""
     sided = any("left" in name.lower() or "right" in name.lower() or len(name) == 1 for name in class_names)
-    return Recipe(data=Data(path=data_path), augment=Augment(horizontal_flip=0.0) if sided else Augment())
+    raw: dict[str, Any] = {"task": task, "data": {"path": data_path}, "augment": {}}
+    if task != "classify":
+        raw = {**raw, **copy.deepcopy(_DENSE[task]), "train": _DENSE_TRAIN}
+    if sided:
+        raw["augment"]["horizontal_flip"] = 0.0
+    return Recipe.model_validate(raw)
 
 
 def qat_recipe(source: Recipe, weights: Path) -> Recipe:
@@ -229,6 +252,8 @@ def to_toml(recipe: Recipe) -> str:
     sections: list[str] = []
     for key, field in Recipe.model_fields.items():
         value = getattr(recipe, key)
+        if key == "detect" and recipe.task != "detect":
+            continue
         if isinstance(value, _Section):
             sections += ["", f"[{key}]", *_toml_lines(value)]
         else:
