@@ -248,14 +248,18 @@ def _provenance(folder: RunFolder) -> dict[str, Any]:
     """Where the network comes from: the same run gives the same answer, so no time stamps."""
     recipe = folder.read_recipe()
     metrics = read_json(folder.metrics) if folder.metrics.is_file() else {}
+    figures = metrics.get("columns", {}).get("torch", {})
     return {
         "git_revision": _git_revision(folder.path),
         "recipe_sha256": recipe_sha256(recipe),
         "dataset_sha256": read_split(folder.split).sha256,
         "weights_sha256": runner.file_sha256(folder.weights),
         "backbone": recipe.model.backbone,
-        "top1": metrics.get("columns", {}).get("torch", {}).get("top1"),
+        "metrics": {name: figures[name] for name in _HEADLINES if name in figures},
     }
+
+
+_HEADLINES = ("top1", "map50", "map", "mean_iou")  # as metrics.json calls them
 
 
 def _git_revision(folder: Path) -> str | None:
@@ -301,6 +305,7 @@ def _readme(folder: RunFolder, target: Target, shipped: _Shipped) -> str:
         classes=f"{len(spec.class_names)} ({classes})",
         size=f"{spec.input_size[1]}×{spec.input_size[0]}",
         images=len(folder.check_images()),
+        formats=_FORMATS[spec.task],
     )
 
 
@@ -313,6 +318,15 @@ _OTHERS = {
     "openvino/cpu": ", openvino",
     "cuda/fp32": ", CUDA, cuDNN",
     "cuda/fp16": ", CUDA, cuDNN",
+}
+
+_FORMATS = {
+    "classify": "",
+    "detect": """    python3 run.py infer DIR --yolo OUT     # a text file an image; --coco FILE: one COCO JSON
+    python3 run.py infer DIR --min-score 0.5    # only boxes that it is surer of
+""",
+    "segment": """    python3 run.py infer DIR --masks OUT    # a PNG an image, each pixel its class's number; --coco FILE: one COCO JSON
+""",
 }
 
 _README = """# {name} for {target}
@@ -332,7 +346,7 @@ It runs through {backend} and is {precision}: where that is missing, `run.py` sa
     python3 run.py check                    # does this device compute what was trained?
     python3 run.py infer photo.jpg          # a JSON line an image; also folders, globs, videos, rtsp:// URLs
     python3 run.py infer --camera 0         # live; --draw DIR writes pictures with the answers on them
-    python3 run.py bench                    # latency here, stage by stage
+{formats}    python3 run.py bench                    # latency here, stage by stage
     python3 run.py bench --try-targets      # every engine that is here: is it right, and how fast?
     python3 run.py info                     # what this bundle is
 

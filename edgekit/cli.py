@@ -197,8 +197,8 @@ def finetune(
 ) -> None:
     """Train on a folder of labelled images; makes runs/NAME.
 
-    Defaults are good: just give DATA. First the new head learns, then the last stages of the pretrained backbone (all of
-    it, to detect and to segment). Ctrl-C keeps what was reached.
+    Defaults are good: just give DATA. First the new head learns, then the last stages of the pretrained backbone (to
+    detect and to segment: all of it). Ctrl-C keeps what was reached.
 
     Where int8 costs a run too much accuracy, --qat RUN trains it on for a few epochs while every layer computes with
     int8's rounding, so that the weights learn to bear it (quantization-aware training). The accuracy shown is then the

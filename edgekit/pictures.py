@@ -126,7 +126,7 @@ def _write_counts(axes: Axes, counts: np.ndarray, cells: np.ndarray, cell_points
 
 
 def curves_picture(history: Sequence[Mapping[str, Any]], theme: ThemeName = "light") -> bytes:
-    """Rows of history.csv, at least one → a PNG: losses and the validation metric by epoch, with the phases' boundaries."""
+    """Rows of history.csv, at least one → a PNG: losses and metric by epoch, with the phases' boundaries."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
