@@ -325,7 +325,7 @@ _FORMATS = {
     "detect": """    python3 run.py infer DIR --yolo OUT     # a text file an image; --coco FILE: one COCO JSON
     python3 run.py infer DIR --min-score 0.5    # only boxes that it is surer of
 """,
-    "segment": """    python3 run.py infer DIR --masks OUT    # a PNG an image: each pixel its class; --coco FILE: one COCO JSON
+    "segment": """    python3 run.py infer DIR --masks OUT    # a PNG an image, each pixel its class; --coco FILE
 """,
 }
 

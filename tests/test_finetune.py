@@ -38,8 +38,8 @@ def small(digits: Path, name: str, **train: object) -> Recipe:
     )
 
 
-def row(epoch: int, val_top1: float, val_loss: float = 1.0) -> Epoch:
-    return Epoch(epoch, "stages", 1e-3, 1.0, val_loss, val_top1, 1.0, 1.0)
+def row(epoch: int, val_metric: float, val_loss: float = 1.0) -> Epoch:
+    return Epoch(epoch, "stages", 1e-3, 1.0, val_loss, "top-1", val_metric, 1.0, 1.0)
 
 
 def test_a_run_folder_holds_what_the_contract_says(finished_run: Path) -> None:
@@ -68,7 +68,7 @@ def test_it_learns(finished_run: Path) -> None:
         total += len(batch.labels)
     assert right / total > 0.5
     with run.history.open() as stream:
-        assert right / total == pytest.approx(max(float(r["val_top1"]) for r in csv.DictReader(stream)), abs=1e-9)
+        assert right / total == pytest.approx(max(float(r["val_metric"]) for r in csv.DictReader(stream)), abs=1e-9)
 
 
 def test_frozen_stages_do_not_move_and_the_last_ones_do(digits: Path, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(
     epochs: list[Epoch] = []
     resumed = resume(tmp_path / "broken", on_epoch=epochs.append)
     assert [epoch.epoch for epoch in epochs] == [3]
-    assert [(r.epoch, r.val_top1, r.train_loss) for r in resumed.history] == [
-        (r.epoch, r.val_top1, r.train_loss) for r in whole.history
+    assert [(r.epoch, r.val_metric, r.train_loss) for r in resumed.history] == [
+        (r.epoch, r.val_metric, r.train_loss) for r in whole.history
     ]
     for name in ("model.safetensors", "state/last.safetensors"):
         one, other = load_file(whole.run / name), load_file(resumed.run / name)
@@ -170,8 +170,8 @@ def test_a_qat_run_starts_from_the_whole_trained_network(finished_run: Path, tmp
     start, end = load_file(finished_run / "model.safetensors"), load_file(done.run / "model.safetensors")
     assert all(torch.equal(start[key], end[key]) for key in start)
     with (finished_run / "history.csv").open() as stream:
-        float_top1 = max(float(row["val_top1"]) for row in csv.DictReader(stream))
-    assert done.best.val_top1 == pytest.approx(float_top1, abs=0.1)
+        float_top1 = max(float(row["val_metric"]) for row in csv.DictReader(stream))
+    assert done.best.val_metric == pytest.approx(float_top1, abs=0.1)
 
 
 def test_the_history_of_a_qat_run_is_the_quantized_network(finished_run: Path, tmp_path: Path) -> None:
