@@ -68,6 +68,6 @@ def fit_boxes(
             problems.append(Problem(name, "clipped box", where, False))
         edges = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
         boxes.append(Box(class_names.index(box.class_name), *edges))
-    if not boxes:
+    if not boxes and not any(problem.fatal for problem in problems):
         problems.append(Problem(name, "no boxes", "kept, as an image with nothing to find", False))
     return tuple(boxes), tuple(problems)

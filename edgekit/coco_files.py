@@ -64,7 +64,7 @@ def list_coco(path: Path) -> Listing:
         Problem(relative(image, root), "no annotation", "in no .json; left out", False)
         for image in sorted({p for s in {image.parent for image in seen} for p in visible(s) if is_image(p)} - seen)
     ]
-    return Listing(root, tuple(categories.values()), settled(files, root), tuple(problems))
+    return Listing(root, tuple(categories.values()), settled(files), tuple(problems))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -175,16 +175,9 @@ def not_used(paths: Iterable[Path], root: Path, why: str) -> list[Problem]:
     return [Problem(relative(path, root), "not used", why, False) for path in paths]
 
 
-def settled(files: Sequence[File], root: Path) -> tuple[File, ...]:
-    """The files; where none is for validation, those for training are left to be split.
-
-    Raises DataError where none is for training.
-    """
-    subsets = {file.subset for file in files}
-    if not subsets & {"", "train"}:
-        have = f"only images for {' and '.join(sorted(subsets))}" if subsets else "no usable image"
-        raise DataError(f"{root} has {have}: training needs images of its own")
-    if "val" in subsets:
+def settled(files: Sequence[File]) -> tuple[File, ...]:
+    """The files; where none is for validation, those for training are left to be split."""
+    if any(file.subset == "val" for file in files):
         return tuple(files)
     return tuple(replace(file, subset="") if file.subset == "train" else file for file in files)
 

@@ -94,7 +94,7 @@ def list_masks(root: Path) -> Listing:
     levels = tuple(value for value, name in table if name.lower() != "void")
     void = tuple(value for value, name in table if name.lower() == "void")
     names = tuple(name for _, name in table if name.lower() != "void")
-    return Listing(root, names, settled(files, root), tuple(problems), levels, void)
+    return Listing(root, names, settled(files), tuple(problems), levels, void)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def list_voc(root: Path) -> Listing:
     listed = _listed(sets)
     problems += not_used((path for stem, path in images.items() if stem not in listed), root, "in no list of ImageSets")
     names = {box.class_name for file in files if isinstance(file.label, DrawnBoxes) for box in file.label.boxes}
-    return Listing(root, tuple(sorted(names, key=natural)), settled(files, root), tuple(problems))
+    return Listing(root, tuple(sorted(names, key=natural)), settled(files), tuple(problems))
 
 
 def _is_xml(path: Path) -> bool:

@@ -80,7 +80,7 @@ def list_yolo(path: Path) -> Listing:
     problems += not_used(_strays(read), root, "there is no image of its name")
     if class_names is None:
         class_names = _numbered(files)
-    return Listing(root, tuple(class_names.values()), settled(files, root), tuple(problems))
+    return Listing(root, tuple(class_names.values()), settled(files), tuple(problems))
 
 
 # ---------------------------------------------------------------------------------------------------------------
