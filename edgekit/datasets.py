@@ -516,36 +516,47 @@ def read_split(path: Path) -> Dataset:
         return _parse_split(text)
     except OSError as error:
         raise ArtifactError(f"no split at {path} ({error.strerror}): fine-tune again, it is written first") from None
-    except (ValueError, IndexError, csv.Error):
+    except (ValueError, LookupError, csv.Error):
         raise ArtifactError(f"{path} is damaged or was changed: fine-tune again") from None
 
 
 def _parse_split(text: str) -> Dataset:
-    """Raises ValueError, IndexError or csv.Error for anything that write_split does not write."""
+    """Raises ValueError, LookupError or csv.Error for anything that write_split does not write."""
     header, root, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     if header != SPLIT_HEADER or root[0] != "root" or not text.endswith("\n"):
         raise ValueError(header)
     task = root[1] or "classify"
     class_names = tuple(row[2] for row in rows if row[0] == "class")
     samples: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
-    last = ""
-    for subset, label, name, sha256, path in rows[len(class_names) :]:
-        if subset == "mask":
-            mask = Mask(Path(path), sha256, tuple(map(int, label.split())))
-            samples[last][-1] = replace(samples[last][-1], label=mask)
-            continue
-        if name and class_names.index(name) != int(label):
-            raise ValueError(label)
-        if subset == "box":
-            box = Box(int(label), *map(float, path.split(" ")))
-            sample = samples[last][-1]
-            assert isinstance(sample.label, tuple)
-            samples[last][-1] = replace(sample, label=(*sample.label, box))
-            continue
-        last = subset
-        samples[subset].append(Sample(Path(path), int(label) if task == "classify" else (), sha256))
+    current = ""
+    for kind, label, name, sha256, path in rows[len(class_names) :]:
+        if kind in samples:
+            current = kind
+            written = _class_id(label, name, class_names) if task == "classify" else ()
+            samples[current].append(Sample(Path(path), written, sha256))
+        else:
+            before = samples[current].pop()
+            after = _parse_label(before.label, (kind, label, name, sha256, path), class_names)
+            samples[current].append(replace(before, label=after))
     train, val, test = (tuple(samples[subset]) for subset in ("train", "val", "test"))
     dataset = Dataset(Path(root[4]), class_names, train, val, (), task, test)
     if dataset.sha256 != root[3]:
         raise ValueError(root[3])
     return dataset
+
+
+def _parse_label(before: Label, row: Sequence[str], class_names: Sequence[str]) -> Label:
+    """A sample's label so far and one more row of it → the label."""
+    kind, label, name, sha256, path = row
+    if kind == "mask":
+        return Mask(Path(path), sha256, tuple(map(int, label.split())))
+    if kind != "box" or not isinstance(before, tuple):
+        raise ValueError(kind)
+    left, top, right, bottom = map(float, path.split(" "))
+    return (*before, Box(_class_id(label, name, class_names), left, top, right, bottom))
+
+
+def _class_id(label: str, name: str, class_names: Sequence[str]) -> int:
+    if class_names.index(name) != int(label):
+        raise ValueError(label)
+    return int(label)
