@@ -11,7 +11,6 @@ they are around many things at once. The classes are in the order of the categor
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -34,6 +33,8 @@ from edgekit.listings import (
     subset_of,
     visible,
 )
+
+HUGE = 1e9  # no photo has so many pixels on a side
 
 
 def has_coco(path: Path) -> bool:
@@ -147,7 +148,7 @@ def _categories(chosen: dict[str, Path], documents: dict[str, dict[str, list[Any
         if categories != first[1]:
             raise DataError(f"{path} has other categories than {first[0].name}: they must have the same ids and names")
     used = {_key(a.get("category_id")) for d in documents.values() for a in d["annotations"] if isinstance(a, dict)}
-    above = {c.get("supercategory") for d in documents.values() for c in d["categories"]}
+    above = {str(c.get("supercategory")) for d in documents.values() for c in d["categories"]}
     # Roboflow's exports have a category for the whole project, above the others, that no box is of.
     return {key: name for key, name in sorted(first[1].items()) if key in used or name not in above}
 
@@ -187,7 +188,9 @@ def _files(
     files: list[File] = []
     problems: list[Problem] = []
     images: set[Path] = set()
-    known = {image.get("id") for image in document["images"] if isinstance(image, dict)}
+    known: set[object] = {_hashable(image.get("id")) for image in document["images"] if isinstance(image, dict)} - {
+        None
+    }
     rows: dict[Any, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for n, row in enumerate(document["annotations"], start=1):
         place = f"annotation {n}"
@@ -201,7 +204,7 @@ def _files(
             continue
         path = _image_path(image["file_name"], bases)
         images.add(path)
-        label, found = _label(rows[image.get("id")], image, categories, relative(path, root))
+        label, found = _label(rows[_hashable(image.get("id"))], image, categories, relative(path, root))
         problems += found
         if not any(problem.fatal for problem in found):
             files.append(File(path, label, subset))
@@ -242,7 +245,7 @@ def _edges(bbox: object) -> tuple[float, float, float, float] | None:
     """[x, y, width, height] → left, top, right, bottom."""
     if not isinstance(bbox, list) or len(bbox) != 4:
         return None
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < math.inf for v in bbox):
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < HUGE for v in bbox):
         return None
-    x, y, width, height = bbox
-    return float(x), float(y), float(x + width), float(y + height)
+    x, y, width, height = (float(value) for value in bbox)
+    return x, y, x + width, y + height

@@ -175,7 +175,7 @@ def _table(root: Path) -> list[tuple[int, str]]:
     if not rows or [field.lower() for field in rows[0]] != ["value", "name"]:
         raise DataError(f"{path} must begin with the line value,name")
     for row in rows[1:]:
-        if len(row) != 2 or not row[0].isdecimal() or int(row[0]) > 255 or not row[1]:
+        if len(row) != 2 or not _is_byte(row[0]) or not row[1]:
             raise DataError(f"{path} has the line {shown(','.join(row))}: expected a value of 0 to 255 and a name")
     table = [(int(value), name) for value, name in rows[1:]]
     values = [value for value, _ in table]
@@ -186,6 +186,10 @@ def _table(root: Path) -> list[tuple[int, str]]:
     if not 2 <= classes < VOID:
         raise DataError(f"{path} names {classes} classes: expected 2 to {VOID - 1}")
     return table
+
+
+def _is_byte(text: str) -> bool:
+    return text.isdecimal() and len(text) <= 3 and int(text) <= 255
 
 
 @dataclass(frozen=True)

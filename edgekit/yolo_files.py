@@ -187,9 +187,13 @@ def _names(document: dict[str, Any], path: Path) -> dict[int, str] | None:
     pairs = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )
-    if not pairs or not all(str(key).isdecimal() and isinstance(name, str) and name for key, name in pairs):
+    if not pairs or not all(_is_number(str(key)) and isinstance(name, str) and name for key, name in pairs):
         raise DataError(f"{path} has names that are not a list or {{number: name}}: {shown(str(value)[:60])}")
     return {int(key): name for key, name in sorted(pairs, key=lambda pair: int(pair[0]))}
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10 and int(text) < MAX_CLASSES
 
 
 def _names_beside(root: Path) -> dict[int, str] | None:

@@ -377,6 +377,58 @@ def test_coco_problems_are_named_and_left_out(tmp_path: Path) -> None:
     assert details(dataset, "unknown class") == ["annotation 9 has category_id 99, which no category has"]
 
 
+ODD = [
+    None,
+    True,
+    1,
+    -1,
+    0,
+    10**400,
+    1e300,
+    "",
+    "x",
+    "x" * 300,
+    "\0",
+    "../x",
+    "/",
+    [],
+    [1],
+    {},
+    {"a": [{}]},
+    float("inf"),
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    path=st.sampled_from(
+        [
+            *(("images", key) for key in ("id", "file_name", "width", "height")),
+            *(("annotations", key) for key in ("image_id", "category_id", "bbox", "iscrowd")),
+            *(("categories", key) for key in ("id", "name", "supercategory")),
+        ]
+    ),
+    odd=st.sampled_from(ODD),
+)
+def test_whatever_a_json_holds_it_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, path: tuple[str, str], odd: Any
+) -> None:
+    root = tmp_path_factory.mktemp("coco")
+    names = coco_photos(root, 3, 0)
+    file = coco(root / "x.json", names, [annotation(n) for n in (1, 2, 3)])
+    document = json.loads(file.read_text())
+    key, field = path
+    for value in (odd, {field: odd}):
+        document[key][1] = value if isinstance(value, dict) and field not in value else document[key][1] | {field: odd}
+        file.write_text(json.dumps(document))
+        try:
+            dataset = datasets.check_dataset(root, "detect")
+        except DataError as error:
+            assert "\n" not in str(error)
+        else:
+            assert len(dataset.train) + len(dataset.val) >= 1
+
+
 def two_jsons(**changes: Any) -> Callable[[Path], Path]:
     def make(root: Path) -> Path:
         for subset in ("train", "val"):
