@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgekit.coco_files import has_coco, list_coco
 from edgekit.errors import DataError
-from edgekit.listings import DrawnBoxes, Listing, Problem
+from edgekit.listings import DrawnBoxes, Listing, Problem, refused_once
 from edgekit.samples import Box
 from edgekit.voc_files import has_voc, list_voc
 from edgekit.yolo_files import has_yolo, list_yolo
@@ -70,4 +70,4 @@ def fit_boxes(
         boxes.append(Box(class_names.index(box.class_name), *edges))
     if not boxes and not any(problem.fatal for problem in problems):
         problems.append(Problem(name, "no boxes", "kept, as an image with nothing to find", False))
-    return tuple(boxes), tuple(problems)
+    return tuple(boxes), tuple(refused_once(problems))

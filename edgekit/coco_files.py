@@ -27,6 +27,7 @@ from edgekit.listings import (
     Problem,
     is_image,
     names,
+    refused_once,
     relative,
     settled,
     shown,
@@ -238,7 +239,7 @@ def _label(
         else:
             boxes.append(DrawnBox(place, categories[key], *edges))
     height, width = (_key(image.get(key)) for key in ("height", "width"))
-    return DrawnBoxes(tuple(boxes), (height, width) if height and width else None), problems
+    return DrawnBoxes(tuple(boxes), (height, width) if height and width else None), refused_once(problems)
 
 
 def _edges(bbox: object) -> tuple[float, float, float, float] | None:

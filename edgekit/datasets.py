@@ -99,7 +99,7 @@ def _box_text(box: Box) -> str:
 
 
 def guess_task(path: Path) -> str:
-    """ "detect" where the data has boxes, "segment" where it has masks/, else "classify". Never raises.
+    """The task: "detect" where the data has boxes, "segment" where it has masks/, else "classify". Never raises.
 
     Masks beside their photos (x.jpg, x.png) are not guessed: class folders may hold such files too.
     """
@@ -145,10 +145,10 @@ def check_dataset(
     own. A stratum is a class of classification, a folder of segmentation, and all the images of detection. An image
     goes to val when the hash of its content and split_seed, as a number in [0, 1), is below it. So copies of an image
     never part, and adding or removing other files moves nothing. The real share varies: in a stratum of n images by
-    about sqrt(val_fraction * (1 - val_fraction) / n). One exception: every stratum has an image in both subsets. Where
-    no hash is below val_fraction the smallest goes to val (where all are, the largest to train), and that one image
-    may move when images are added to such a stratum. Nothing can prevent that: of two images one must be in val, and
-    no fixed side for each image does that for every pair.
+    about sqrt(val_fraction * (1 - val_fraction) / n). One exception: every stratum of two images or more has one in
+    each subset. Where no hash is below val_fraction the smallest goes to val (where all are, the largest to train), and
+    that one image may move when images are added to such a stratum. Nothing can prevent that: of two images one must be
+    in val, and no fixed side for each image does that for every pair.
 
     progress(done, total) is called after each file. Raises DataError where there is no data set to check: nothing
     at the path, no class folders, fewer than two classes, unusable class names, a CSV that is not one, no annotations

@@ -175,6 +175,15 @@ def not_used(paths: Iterable[Path], root: Path, why: str) -> list[Problem]:
     return [Problem(relative(path, root), "not used", why, False) for path in paths]
 
 
+def refused_once(problems: Sequence[Problem]) -> list[Problem]:
+    """One image's problems, of the fatal ones only the first, which says how many more there are."""
+    fatal = [problem for problem in problems if problem.fatal]
+    if len(fatal) < 2:
+        return list(problems)
+    first = replace(fatal[0], detail=f"{fatal[0].detail}; and {len(fatal) - 1} more")
+    return [first, *(problem for problem in problems if not problem.fatal)]
+
+
 def settled(files: Sequence[File]) -> tuple[File, ...]:
     """The files; where none is for validation, those for training are left to be split."""
     if any(file.subset == "val" for file in files):

@@ -27,6 +27,7 @@ from edgekit.listings import (
     files_under,
     folders_of_subsets,
     not_used,
+    refused_once,
     relative,
     settled,
     shown,
@@ -245,7 +246,7 @@ def _read(path: Path, image: str, class_names: dict[int, str] | None) -> tuple[D
             number = int(values[0])
             name = f"class_{number}" if class_names is None else class_names[number]
             boxes.append(DrawnBox(f"{path.name} {place}", name, *_edges(values[1:])))
-    return DrawnBoxes(tuple(boxes), in_shares=True), problems
+    return DrawnBoxes(tuple(boxes), in_shares=True), refused_once(problems)
 
 
 def _numbers(line: str) -> list[float] | None:

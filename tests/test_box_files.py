@@ -609,6 +609,19 @@ def test_yolo_lines(tmp_path: Path) -> None:
     assert details(dataset, "unknown class") == ["no class.txt line 1 has class 2, which has no name"]
 
 
+def test_a_file_is_refused_once_however_many_lines_are_bad(tmp_path: Path) -> None:
+    yolo(tmp_path, "images", "labels", 0, 12)
+    put(tmp_path / "labels" / "3.txt", (BOX_LINE + "x\n" * 4).encode())
+    put(tmp_path / "labels" / "4.txt", b"0 28 20 1 1\n" * 3)
+    with pytest.raises(DataError) as caught:
+        datasets.read_dataset(tmp_path, "detect")
+    assert str(caught.value) == (
+        "2 files cannot be used: images/3.png (bad annotation: 3.txt line 2 is no class with a box (4 numbers) or "
+        "polygon (6 or more): x; and 3 more); images/4.png (box outside the image: 4.txt line 1: 1540, 780, 1596, 820 in "
+        "56 x 40; and 2 more). Repair or remove them, or leave them out with --skip-bad"
+    )
+
+
 def test_names_stay_text_whatever_yaml_makes_of_them(tmp_path: Path) -> None:
     yolo(tmp_path, "images", "labels", 0)
     put(tmp_path / "data.yaml", b"names: [no, 1]\ntrain: images")
