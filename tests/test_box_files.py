@@ -617,8 +617,8 @@ def test_a_file_is_refused_once_however_many_lines_are_bad(tmp_path: Path) -> No
         datasets.read_dataset(tmp_path, "detect")
     assert str(caught.value) == (
         "2 files cannot be used: images/3.png (bad annotation: 3.txt line 2 is no class with a box (4 numbers) or "
-        "polygon (6 or more): x; and 3 more); images/4.png (box outside the image: 4.txt line 1: 1540, 780, 1596, 820 in "
-        "56 x 40; and 2 more). Repair or remove them, or leave them out with --skip-bad"
+        "polygon (6 or more): x; and 3 more); images/4.png (box outside the image: 4.txt line 1: 1540, 780, 1596, 820 "
+        "in 56 x 40; and 2 more). Repair or remove them, or leave them out with --skip-bad"
     )
 
 
