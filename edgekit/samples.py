@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -11,6 +12,7 @@ from PIL import Image
 
 from edgekit.errors import DataError
 
+SOFT_EDGE = 128  # a value from here on is the second class where a mask was drawn with soft edges
 VOID = 255  # in a class map: a pixel that nobody labelled; it is neither learnt nor measured
 
 
@@ -57,12 +59,34 @@ class Sample:
 def read_mask(mask: Mask) -> np.ndarray:
     """A mask's file → uint8 (H, W): the class of each pixel, or VOID. Raises DataError where it cannot be read."""
     try:
-        with Image.open(mask.path) as image:
-            values = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"cannot read the mask {mask.path}: {error}") from None
+        values = mask_values(mask.path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the mask {mask.path}: {reason}") from None
     if not mask.levels:
-        return (values >= 128).astype(np.uint8)
+        return (values >= SOFT_EDGE).astype(np.uint8)
     classes = np.full(256, VOID, np.uint8)
     classes[list(mask.levels)] = np.arange(len(mask.levels), dtype=np.uint8)
-    return classes[values]
+    labelled: np.ndarray = classes[values]
+    return labelled
+
+
+def mask_values(data: bytes) -> np.ndarray:
+    """The bytes of a grey or palette image → uint8 (H, W), as stored (of a palette the index, not the colour).
+
+    Raises ValueError, saying why, for anything else: colours, 16 bits, no image, cut off.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode, pixels = image.mode, np.array(image)
+    except Exception as error:  # noqa: BLE001 - PIL's decoders raise many kinds for a damaged file
+        raise ValueError(f"PIL cannot decode it: {error}") from None
+    if mode in ("L", "P"):
+        return pixels
+    if mode == "1":
+        return pixels.astype(np.uint8) * 255
+    if mode not in ("LA", "RGB", "RGBA"):
+        raise ValueError(f"it is of mode {mode}: save it as an 8-bit grey or palette image")
+    if mode != "LA" and (pixels[..., :1] != pixels[..., 1:3]).any():
+        raise ValueError("it has colours: save it as an 8-bit grey or palette image of the classes' numbers")
+    return pixels[..., 0]

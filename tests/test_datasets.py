@@ -21,7 +21,7 @@ from PIL import Image
 from edgekit import datasets
 from edgekit.datasets import Dataset, Problem
 from edgekit.errors import ArtifactError, DataError
-from edgekit.samples import Sample
+from edgekit.samples import Box, Label, Mask, Sample
 
 SIGNS = Path(__file__).parents[1] / "../shared/data/signs/Dataset"
 needs_signs = pytest.mark.skipif(not SIGNS.is_dir(), reason=f"the hand-sign photos are not at {SIGNS}")
@@ -663,6 +663,158 @@ def test_missing_names_the_files_that_are_gone(tmp_path: Path) -> None:
     assert datasets.missing(dataset.train) == []
     dataset.train[3].path.unlink()
     assert datasets.missing(dataset.train) == [dataset.train[3].path]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Boxes and masks
+
+
+EDGES = st.tuples(*[st.floats(0, 1e6)] * 4)
+BOXES = st.lists(st.builds(lambda class_id, edges: Box(class_id, *edges), st.integers(0, 1), EDGES), max_size=4)
+DIGESTS = st.text("0123456789abcdef", min_size=64, max_size=64)
+MASKS = st.builds(
+    lambda name, digest, levels: Mask(Path("/", name), digest, tuple(levels)),
+    NAMES,
+    DIGESTS,
+    st.lists(st.integers(0, 255), unique=True, max_size=5),
+)
+LABELS = {"detect": BOXES.map(tuple), "segment": MASKS}
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), task=st.sampled_from(["detect", "segment"]), names=st.lists(NAMES, min_size=2, unique=True))
+def test_boxes_and_masks_survive_the_round_trip(data: st.DataObject, task: str, names: list[str]) -> None:
+    rows = st.lists(st.tuples(NAMES, LABELS[task], DIGESTS), max_size=4)
+    train, val, test = (tuple(Sample(Path("/", n), label, d) for n, label, d in data.draw(rows)) for _ in range(3))
+    dataset = Dataset(Path("/data"), tuple(names), train, val, (), task, test)
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.write_split(dataset, Path(folder, "split.csv"))
+        assert datasets.read_split(Path(folder, "split.csv")) == dataset
+
+
+def labelled(task: str) -> Dataset:
+    root = Path("/data")
+    labels: dict[str, list[Label]] = {
+        "detect": [(Box(1, 0.5, 1.0, 2.25, 1 / 3 + 3), Box(0, 0.0, 0.0, 9.0, 9.0)), (), (Box(0, 1.0, 1.0, 2.0, 2.0),)],
+        "segment": [Mask(root / f"{n}.png", f"m{n}", (0, 2)) for n in range(3)],
+    }
+    one, two, three = (Sample(root / f"{n}.jpg", label, f"{n}f") for n, label in enumerate(labels[task]))
+    return Dataset(root, ("a", "b"), (one,), (two,), (), task, (three,))
+
+
+def test_the_split_file_of_boxes_and_masks_is_plain_csv(tmp_path: Path) -> None:
+    rows = {
+        "detect": [
+            "train,,,0f,/data/0.jpg",
+            "box,1,b,,0.5 1.0 2.25 3.3333333333333335",
+            "box,0,a,,0.0 0.0 9.0 9.0",
+            "val,,,1f,/data/1.jpg",
+            "test,,,2f,/data/2.jpg",
+            "box,0,a,,1.0 1.0 2.0 2.0",
+        ],
+        "segment": [
+            "train,,,0f,/data/0.jpg",
+            "mask,0 2,,m0,/data/0.png",
+            "val,,,1f,/data/1.jpg",
+            "mask,0 2,,m1,/data/1.png",
+            "test,,,2f,/data/2.jpg",
+            "mask,0 2,,m2,/data/2.png",
+        ],
+    }
+    for task, expected in rows.items():
+        dataset = labelled(task)
+        datasets.write_split(dataset, tmp_path / "split.csv")
+        head = ["subset,label,class,sha256,path", f"root,{task},,{dataset.sha256},/data", "class,0,a,,", "class,1,b,,"]
+        assert (tmp_path / "split.csv").read_text().splitlines() == [*head, *expected]
+        assert datasets.read_split(tmp_path / "split.csv") == dataset
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_any_loss_in_a_split_of_boxes_or_masks_is_noticed(tmp_path: Path, task: str) -> None:
+    path = tmp_path / "split.csv"
+    datasets.write_split(labelled(task), path)
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    shorter = [whole[:cut] for cut in range(len(whole) - 1)]
+    shorter += ["".join(lines[:n] + lines[n + 1 :]) for n in range(len(lines))]
+    shorter += [
+        whole.replace(old, new, 1) for old, new in ((task, ""), ("val,", "test,"), ("9.0 ", "9.1 "), ("0 2", "0 3"))
+    ]
+    for text in shorter:
+        if text == whole:
+            continue
+        path.write_text(text)
+        with pytest.raises(ArtifactError, match=r"split.csv is damaged or was changed: fine-tune again$"):
+            datasets.read_split(path)
+
+
+def test_the_hash_covers_boxes_masks_and_the_test_subset() -> None:
+    dataset = labelled("detect")
+    (one,) = dataset.train
+    same = [
+        replace(dataset, root=Path("/")),
+        replace(dataset, train=(replace(one, path=Path("/x")),)),
+        replace(dataset, train=(replace(one, label=one.label[::-1]),)),  # the order of boxes says nothing
+    ]
+    other = [
+        replace(dataset, class_names=("a", "c")),
+        replace(dataset, class_names=("b", "a")),
+        replace(dataset, test=()),
+        replace(dataset, test=(), val=(*dataset.val, *dataset.test)),
+        replace(dataset, train=(replace(one, label=one.label[:1]),)),
+        replace(dataset, train=(replace(one, label=(replace(one.label[0], left=0.25), one.label[1])),)),
+        replace(dataset, train=(replace(one, label=(replace(one.label[0], class_id=0), one.label[1])),)),
+    ]
+    assert {d.sha256 for d in same} == {dataset.sha256}
+    assert len({dataset.sha256, *(d.sha256 for d in other)}) == 1 + len(other)
+
+    dataset = labelled("segment")
+    (one,) = dataset.train
+    moved = replace(dataset, train=(replace(one, label=replace(one.label, path=Path("/x"))),))
+    other = [
+        replace(dataset, train=(replace(one, label=replace(one.label, **change)),))
+        for change in ({"sha256": "x"}, {"levels": (0, 3)}, {"levels": ()})
+    ]
+    assert moved.sha256 == dataset.sha256
+    assert len({dataset.sha256, *(d.sha256 for d in other)}) == 4
+
+
+def test_missing_names_masks_too(tmp_path: Path) -> None:
+    samples = [Sample(put(tmp_path / f"{n}.jpg", b""), Mask(put(tmp_path / f"{n}.png", b""), ""), "") for n in range(3)]
+    samples[1].label.path.unlink()
+    samples[2].path.unlink()
+    assert datasets.missing(samples) == [tmp_path / "1.png", tmp_path / "2.jpg"]
+
+
+GUESSES: dict[str, tuple[tuple[str, ...], str]] = {
+    "class folders": (("a/0.png", "b/0.png"), "classify"),
+    "class folders named like others": (("images/0.png", "labels/0.png.bak", "masks.txt"), "classify"),
+    "photos beside masks": (("a/0.jpg", "a/0.png"), "classify"),
+    "nothing": ((), "classify"),
+    "VOC": (("Annotations/0.xml", "JPEGImages/0.jpg"), "detect"),
+    "COCO": (("annotations/instances_train.json", "train/0.jpg"), "detect"),
+    "COCO beside": (("train/_annotations.coco.json", "train/0.jpg"), "detect"),
+    "YOLO": (("data.yaml", "images/0.jpg"), "detect"),
+    "YOLO without yaml": (("labels/train/0.txt", "images/train/0.jpg"), "detect"),
+    "YOLO by subset": (("train/labels/0.txt", "train/images/0.jpg"), "detect"),
+    "masks": (("images/0.jpg", "masks/0.png"), "segment"),
+    "masks in labels": (("images/0.jpg", "labels/0.png"), "segment"),
+    "masks by subset": (("images/train/0.jpg", "masks/train/0.png"), "segment"),
+    "masks in subsets": (("train/images/0.jpg", "train/masks/0.png", "val/images/1.jpg"), "segment"),
+}
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_the_task_is_guessed_from_what_there_is(tmp_path: Path, name: str) -> None:
+    paths, task = GUESSES[name]
+    for path in paths:
+        put(tmp_path / path, b'{"images": [], "annotations": []}')
+    assert datasets.guess_task(tmp_path) == task
+
+
+def test_the_task_is_guessed_from_a_file(tmp_path: Path) -> None:
+    for name, task in (("x.csv", "classify"), ("x.json", "detect"), ("x.yaml", "detect"), ("gone.json", "classify")):
+        assert datasets.guess_task(tmp_path / name if name == "gone.json" else put(tmp_path / name, b"x")) == task
 
 
 # ---------------------------------------------------------------------------------------------------------------
