@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from shown import HISTORY, HOSTILE, bgr, mistake, not_ok, quantize_record, solid, without_times
 
-from edgekit import pictures, report, runner
+from edgekit import pictures, quantization_pictures, report, runner
 from edgekit.artifacts import RunFolder, write_bytes, write_json, write_text
 from edgekit.backbones import LISTED, Backbone
 from edgekit.datasets import Dataset, Problem, write_split
 from edgekit.errors import ArtifactError, ConfigError
 from edgekit.latency import LatencyRun, Subject
 from edgekit.recipe import make_recipe, to_toml
+from edgekit.report import figures
 from edgekit.samples import Sample
 from edgekit.threads import ThreadSweep, ThreadTime
 from edgekit.timing import Timing
@@ -45,6 +46,7 @@ def column(names: tuple[str, ...] = NAMES, **changes: Any) -> dict[str, Any]:
 def metrics(names: tuple[str, ...] = NAMES, mistakes: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     return {
         "task": "classify",
+        "subset": "val",
         "images": 10,
         "class_names": list(names),
         "columns": {
@@ -234,14 +236,14 @@ def test_an_engines_text_is_not_read_as_markup() -> None:
     ("drop", "shown"), [(0.0, "0.00"), (-0.001, "0.00"), (-0.12, "-0.12"), (0.24, "0.24"), (64.125, "64.12")]
 )
 def test_points_are_of_what_was_lost(drop: float, shown: str) -> None:
-    assert report._points(drop) == shown
+    assert figures.points(drop) == shown
 
 
 @pytest.mark.parametrize(
     ("ms", "shown"), [(None, "-"), (0.912, "0.912"), (9.994, "9.99"), (9.996, "10.0"), (105.25, "105")]
 )
 def test_milliseconds(ms: float | None, shown: str) -> None:
-    assert report._ms(ms) == shown
+    assert figures.milliseconds(ms) == shown
 
 
 SEARCHED = [
@@ -374,7 +376,7 @@ def test_backbones_table_fits(width: int, timings: dict[str, Timing]) -> None:
     ],
 )
 def test_backbones_table_counts_in_millions(count: int, shown: str) -> None:
-    assert report._millions(count) == shown
+    assert figures.millions(count) == shown
 
 
 def latency_run(**changes: Any) -> LatencyRun:
@@ -633,7 +635,7 @@ def test_the_pages_pictures_come_in_both_themes(run: RunFolder) -> None:
     assert images[4].shape == (96, 96, 3) and np.abs(images[4].astype(int) - (0, 0, 255)).max() < 12
     assert [image.shape for image in images[5:]] == [
         runner.decode(picture(quantize_record(engines=2), theme)).shape
-        for picture in (pictures.quantization_picture, pictures.sensitivity_picture)
+        for picture in (quantization_pictures.quantization_picture, quantization_pictures.sensitivity_picture)
         for theme in ("dark", "light")
     ]
 
@@ -752,8 +754,8 @@ def test_read_quantization_keeps_what_is_shown(tmp_path: Path, variants: tuple[s
     write_json(tmp_path / "quantize.json", record)
     read = report.read_quantization(tmp_path / "quantize.json")
     assert cells(report.quantize_table(read)) == cells(report.quantize_table(record))
-    assert pictures.quantization_picture(read) == pictures.quantization_picture(record)
-    assert pictures.sensitivity_picture(read) == pictures.sensitivity_picture(record)
+    assert quantization_pictures.quantization_picture(read) == quantization_pictures.quantization_picture(record)
+    assert quantization_pictures.sensitivity_picture(read) == quantization_pictures.sensitivity_picture(record)
 
 
 def of_a_figure(**changes: Any) -> dict[str, Any]:
@@ -804,7 +806,9 @@ def of_fewer_classes() -> dict[str, Any]:
     ("file", "text", "message"),
     [
         ("metrics.json", "{", "is damaged"),
-        ("metrics.json", "{}", r"is not as this edgekit writes it \(images: Field required\): make it again"),
+        ("metrics.json", "{}", r"is not as this edgekit writes it \(task: Field required\): make it again"),
+        ("metrics.json", '{"task": "pose"}', r"\(task: Input should be 'classify', 'detect' or 'segment'\)"),
+        ("metrics.json", '{"task": "detect"}', r"\(subset: Field required\): make it again"),
         ("metrics.json", json.dumps(without_torch()), r"\(no column for torch\)"),
         ("metrics.json", json.dumps(of_fewer_classes()), r"\(the figures of torch are not those of 2 classes\)"),
         (
