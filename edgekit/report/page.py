@@ -123,7 +123,7 @@ def _evaluation_facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "mistakes": [_shown_mistake(mistake, metrics) for mistake in metrics["mistakes"]],
         "no_mistakes": no_mistakes(metrics),
         "score": f"{torch['best_f1_score']:.2f}" if is_detection else "",
-        "keys": [(name, "#" + bytes(color).hex()) for name, color in region_keys(metrics)],
+        "region_keys": [(name, "#" + bytes(color).hex()) for name, color in region_keys(metrics)],
     }
 
 
