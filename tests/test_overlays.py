@@ -126,6 +126,8 @@ def test_missed_and_false_boxes_stand_out_without_colours(tmp_path: Path) -> Non
     thin = widths(image, 100, slice(15, 30))  # the left edge of the answer that is right, and of its true box
     false, missed = widths(image, 100, slice(290, 312)), widths(image, 60, slice(140, 160))
     assert thin <= 2 and false >= 5 and missed >= 3
+    edge = [tuple(color) for color in image[100, 290:312].tolist() if tuple(color) != PHOTO]
+    assert edge[0] == edge[-1] == WHITE and set(edge[1:-1]) == {WRONG}, "a false answer has a white edge, for any photo"
     assert widths(drawn_boxes(tmp_path, truth=[], answers=[]), 100, slice(0, 400)) == 0
     alone = drawn_boxes(tmp_path, truth=[box("cat", 10, 4, 70, 34)], answers=[])
     edge = alone[40:150, 50]
