@@ -135,7 +135,8 @@ def _dashed(canvas: np.ndarray, box: Corners, thickness: int, *, is_cased: bool)
     line = np.zeros(canvas.shape[:2], np.uint8)
     cv2.rectangle(line, box[:2], box[2:], 1, thickness)
     rows, columns = np.nonzero(line)
-    is_white = (rows + columns) // max(4, 2 * thickness) % 2 == 0
+    dash = (2 if is_cased else 4) * thickness
+    is_white = (rows + columns) // dash % 2 == 0
     canvas[rows[is_white], columns[is_white]] = WHITE
     if is_cased:
         canvas[rows[~is_white], columns[~is_white]] = BLACK

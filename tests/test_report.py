@@ -190,7 +190,7 @@ SEGMENTED = [
     ["images/s", "9.5", "9.5"],
 ]
 SEGMENTED_CLASSES = [
-    ["class", "of the pixels", "IoU", "precision", "recall", "F1", "most often taken for"],
+    ["class", "pixels", "IoU", "precision", "recall", "F1", "most often taken for"],
     ["cat", "95.00 %", "93.51 %", "98.63 %", "94.74 %", "96.65 %", "dog (5.26 %)"],
     ["dog", "5.00 %", "37.50 %", "42.86 %", "75.00 %", "54.55 %", "cat (25.00 %)"],
     ["newt", "0.00 %", "-", "0.00 %", "0.00 %", "0.00 %", "-"],
@@ -209,6 +209,16 @@ def test_tables_of_a_segmentation() -> None:
     assert cells(report.per_class_table(segmentation())) == SEGMENTED_CLASSES
     assert printed(report.metrics_table(segmentation())).startswith("72 test images")
     assert [column.justify for column in report.per_class_table(segmentation()).columns][-2:] == ["right", "left"]
+
+
+def test_the_tables_of_classes_fit_into_80_characters() -> None:
+    names = ("background", "scratch", "discoloured")
+    for evaluated in (detection((), names), segmentation((), names)):
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(report.per_class_table(evaluated))
+        lines = [line for line in capture.get().splitlines() if line.strip()]
+        assert len(lines) == 5 and max(map(len, lines)) <= 80, "a header, a rule, a line a class"
 
 
 def test_a_segmentation_without_labelled_pixels_has_tables_too() -> None:

@@ -45,7 +45,7 @@ def per_class_rows(metrics: Mapping[str, Any]) -> list[Row]:
     """A header and a row a class, of the torch column."""
     task, torch = metrics["task"], metrics["columns"]["torch"]
     classes, figures = torch["per_class"], CLASS_FIGURES[task]
-    size = {"classify": "images", "detect": "boxes", "segment": "of the pixels"}[task]
+    size = {"classify": "images", "detect": "boxes", "segment": "pixels"}[task]
     rows = [["class", size, *(title for title, _ in figures)]]
     rows += [[row["label"], _size(row, classes), *(percent(row[key]) for _, key in figures)] for row in classes]
     if task == "detect":

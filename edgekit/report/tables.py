@@ -52,7 +52,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
 def per_class_table(metrics: Mapping[str, Any]) -> Table:
     """metrics.json → the torch network's figures, a row a class."""
     rows = per_class_rows(metrics)
-    return _table(rows, left=text_columns(rows))
+    table = _table(rows, left=text_columns(rows))
+    return _narrow(table) if metrics["task"] == "segment" else table  # for 80 characters
 
 
 def parity_table(parity: Mapping[str, Any]) -> Table:
