@@ -1,4 +1,4 @@
-"""The pictures of a run: confusion matrix, training curves, the worst mistakes, what quantization costs and gains.
+"""The pictures of a run: confusion matrix, curves of precision and of training, the worst mistakes.
 
 Drawn on matplotlib's Figure, not pyplot: no global state, and always the Agg renderer.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import cv2
 import numpy as np
 
-from edgekit import runner
+from edgekit import overlays
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -49,6 +49,8 @@ THEMES: dict[ThemeName, Theme] = {
 }
 
 DPI = 150
+DASHES = (0, (4, 3))  # of a limit
+LONGEST_COUNT = 99_999  # that a cell of a matrix can show
 # DejaVu Sans comes with matplotlib. For the scripts that it lacks: what Linux, macOS and Windows have, where installed.
 FONTS = (
     "DejaVu Sans",
@@ -63,9 +65,10 @@ FONTS = (
 def confusion_picture(
     confusion: Sequence[Sequence[int]], class_names: Sequence[str], theme: ThemeName = "light"
 ) -> bytes:
-    """[true][predicted] image counts (C, C) → a PNG: a row a true class, a column a predicted one.
+    """[true][predicted] counts of images or pixels (C, C) → a PNG: a row a true class, a column a predicted one.
 
-    A cell's strength is its share of the row, so that large classes do not outshine small ones.
+    A cell's strength is its share of the row, so that large classes do not outshine small ones. Counts that are too
+    long to be read, as those of pixels are, are written as shares of the row.
     """
     counts, colors = np.asarray(confusion, np.int64), THEMES[theme]
     classes = len(class_names)
@@ -79,7 +82,10 @@ def confusion_picture(
             axes.hlines(np.arange(classes - 1) + 0.5, -0.5, classes - 0.5, colors.surface, linewidth=1.5)
             axes.vlines(np.arange(classes - 1) + 0.5, -0.5, classes - 0.5, colors.surface, linewidth=1.5)
         if classes <= 20:
-            _write_counts(axes, counts, cells, cell_points=72 * side / classes)
+            is_long = counts.max() > LONGEST_COUNT
+            texts = np.where(counts > 0, _shares(counts) if is_long else counts.astype(str), "")
+            _write_cells(axes, texts, cells, cell_points=72 * side / classes)
+            axes.set_ylabel("true class, % of each row" if is_long else "true class", labelpad=8)
         return png(figure)
 
 
@@ -116,17 +122,99 @@ def _label_classes(axes: Axes, class_names: Sequence[str], cell_points: float) -
     axes.spines[:].set_visible(False)
 
 
-def _write_counts(axes: Axes, counts: np.ndarray, cells: np.ndarray, cell_points: float) -> None:
-    size = min(12.0, 0.8 * cell_points / (0.62 * len(str(counts.max()))))
-    for (row, column), count in np.ndenumerate(counts):
-        if count:
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """int (C, C) → text (C, C): percent of the row, "97.8". Only all of it reads 100."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    texts = np.char.mod("%.1f", np.clip(100 * shares, 0.1, 99.9))
+    return np.where(shares == 1, "100", texts)
+
+
+def _write_cells(axes: Axes, texts: np.ndarray, cells: np.ndarray, cell_points: float) -> None:
+    """texts (C, C), "" for nothing, on cells of these colours, RGB in 0..1 (C, C, 3)."""
+    size = min(12.0, 0.8 * cell_points / (0.62 * max(1, *map(len, texts.flat))))
+    for (row, column), text in np.ndenumerate(texts):
+        if text:
             luminance = float(cells[row, column] @ (0.299, 0.587, 0.114))
             ink = "#111111" if luminance > 0.55 else "#ffffff"
-            axes.text(column, row, str(count), ha="center", va="center", fontsize=size, color=ink)
+            axes.text(column, row, text, ha="center", va="center", fontsize=size, color=ink)
+
+
+def precision_recall_picture(pr_curves: Mapping[str, Sequence[float]], theme: ThemeName = "light") -> bytes:
+    """Precisions (0..1) at recalls 0, 0.01 .. 1 by class → a PNG: a line a class, and beside it the class's AP.
+
+    The best class comes first. Of many classes the worst have colours, the others are thin lines that only show where
+    most lie.
+    """
+    from matplotlib.figure import Figure
+
+    colors = THEMES[theme]
+    ap = average_precisions(pr_curves)
+    crowd, named = list(ap)[: -len(CURVES[theme])], list(ap)[-len(CURVES[theme]) :]
+    with style(colors):
+        figure = Figure(figsize=(5.2, 4.2), dpi=DPI)
+        axes = figure.add_axes((0, 0, 1, 1))
+        for index, name in enumerate(crowd):
+            label = f"{len(crowd)} better classes" if index == 0 else None
+            axes.plot(range(101), _percents(pr_curves[name]), color=colors.muted, linewidth=0.6, label=label)
+        for name, look in zip(named, _curve_looks(theme), strict=False):
+            label = f"{short(drawable(name), 24)}  {100 * ap[name]:.1f} %"
+            axes.plot(range(101), _percents(pr_curves[name]), label=label, clip_on=False, **look)
+        if not pr_curves:
+            axes.text(50, 50, "no class has a true box", ha="center", va="center", color=colors.muted)
+        axes.set_title("precision, % (at an IoU of 0.5)", pad=12, **title_style(colors))
+        axes.set_xlabel("recall, %")
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.grid(color=colors.line, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        if pr_curves:
+            _add_legend(axes, colors, "AP@0.5")
+        return png(figure)
+
+
+def average_precisions(pr_curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """→ each class's AP, 0..1, the best class first: the mean of its precisions, as COCO's evaluation has it."""
+    found = {name: sum(curve) / len(curve) for name, curve in pr_curves.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+# Of the classes in a picture of precision, so that each differs from its neighbours in lightness too.
+CURVES: dict[ThemeName, tuple[str, ...]] = {
+    "light": ("#1f6feb", "#d9480f", "#12946c", "#9c36b5", "#a17400", "#0b4a8f", "#c2255c", "#5c6b00"),
+    "dark": ("#5ea0ff", "#ff8a50", "#3ccf9f", "#d98bf0", "#f0c040", "#a8c8ff", "#ff7aa8", "#c0d050"),
+}
+LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))  # in turn: not by colours alone
+
+
+def _curve_looks(theme: ThemeName) -> list[dict[str, Any]]:
+    return [{"color": color, "linestyle": LINES[index % len(LINES)]} for index, color in enumerate(CURVES[theme])]
+
+
+def _percents(shares: Sequence[float]) -> list[float]:
+    return [100 * share for share in shares]
+
+
+def _add_legend(axes: Axes, colors: Theme, title: str) -> None:
+    """Beside the axes, where no line can be."""
+    legend = axes.legend(
+        title=title,
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1.0),
+        frameon=False,
+        labelcolor=colors.ink,
+        fontsize=9,
+        handlelength=2.6,
+        alignment="left",
+    )
+    legend.get_title().set_color(colors.muted)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def curves_picture(history: Sequence[Mapping[str, Any]], theme: ThemeName = "light") -> bytes:
-    """Rows of history.csv, at least one → a PNG: losses and metric by epoch, with the phases' boundaries."""
+    """Rows of history.csv, at least one → a PNG: losses and the validation metric by epoch, and where phases end."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -183,277 +271,120 @@ def _mark_best(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme) 
     axes.annotate(f"{at[1]:.2f}", at, offset, textcoords="offset points", ha="center", color=colors.ink)
 
 
-@dataclass(frozen=True)
-class Point:
-    """A variant on an engine, as the picture of quantization shows it."""
-
-    variant: str
-    engine: str
-    x: float  # what it costs: milliseconds, or megabytes (see Tradeoff.x_label)
-    metric: float  # percent
-    is_shipped: bool
-
-
-@dataclass(frozen=True)
-class Tradeoff:
-    """What the picture of quantization shows: the points, and the guard's limits that they are held against."""
-
-    x_label: str
-    points: tuple[Point, ...]  # by variant, then by engine, as in quantize.json
-    limits: tuple[float, ...]  # percent, different ones only: fp32's metric on an engine less the allowed drop
-
-
-def engine_name(figure: Mapping[str, Any]) -> str:
-    """A figure of quantize.json → "4.14.0 openvino"."""
-    return f"{figure['opencv']} {figure['engine']}"
-
-
-def shipped_variant(record: Mapping[str, Any]) -> str:
-    """quantize.json → the name of the variant that a bundle gets.
-
-    "int8" may be either of two variants: the one that kept its accuracy is shipped.
-    """
-    names = (record["precision"], f"{record['precision']}-mixed")
-    found = [variant for variant in record["variants"] if variant["name"] in names]
-    return str(next((v["name"] for v in found if _is_within(v, record["max_drop"])), found[-1]["name"]))
-
-
-def _is_within(variant: Mapping[str, Any], max_drop: float) -> bool:
-    """Did the variant run on every engine, and lose no more than is allowed?"""
-    return all(figure["status"] == "ok" and figure["drop"] <= max_drop for figure in variant["figures"])
-
-
-def tradeoff(record: Mapping[str, Any]) -> Tradeoff:
-    """quantize.json → what its picture shows: the metric against the time of a forward pass.
-
-    What has no time is left out. Where nothing has one, the metric is shown against the file's size instead.
-    """
-    ships = shipped_variant(record)
-    pairs = [(v, figure) for v in record["variants"] for figure in v["figures"] if figure["status"] == "ok"]
-    is_timed = any(figure["median_ms"] is not None for _, figure in pairs)
-    points = tuple(
-        Point(
-            variant["name"],
-            engine_name(figure),
-            figure["median_ms"] if is_timed else variant["size_bytes"] / 1e6,
-            100 * figure["metric"],
-            variant["name"] == ships,
-        )
-        for variant, figure in pairs
-        if figure["median_ms"] is not None or not is_timed
-    )
-    drawn = {point.engine for point in points}
-    fp32 = [f for v, f in pairs if v["name"] == "fp32" and engine_name(f) in drawn]
-    limits = tuple(sorted({100 * figure["metric"] - record["max_drop"] for figure in fp32}))
-    return Tradeoff("milliseconds, one forward pass" if is_timed else "size of the file, MB", points, limits)
-
-
-def quantization_picture(record: Mapping[str, Any], theme: ThemeName = "light") -> bytes:
-    """quantize.json, of which something is ok → a PNG: the metric against time (or size, see tradeoff).
-
-    Colours are variants and markers engines; a ring is around what a bundle gets; dashed: what the guard allows.
-    """
-    from matplotlib.figure import Figure
-
-    colors, shown = THEMES[theme], tradeoff(record)
-    variant_colors = _variant_colors(colors)
-    engines = list(dict.fromkeys(point.engine for point in shown.points))
-    markers = dict(zip(engines, (MARKERS * len(engines))[: len(engines)], strict=True))
-    with style(colors):
-        figure = Figure(figsize=(7, 4), dpi=DPI)
-        axes = figure.add_axes((0, 0, 1, 1))
-        for limit in shown.limits:
-            axes.axhline(limit, color=colors.muted, linewidth=1, linestyle=DASHES, zorder=1)
-        for point in shown.points:
-            _draw_point(axes, point, markers[point.engine], variant_colors[point.variant], colors)
-        axes.set_title(f"{short(drawable(record['metric']), 40)}, %", pad=14, **title_style(colors))
-        axes.set_xlabel(shown.x_label)
-        _set_x_axis(axes, [point.x for point in shown.points])
-        axes.margins(y=0.12)
-        axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
-        axes.grid(color=colors.line, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(which="both", length=0)
-        _add_keys(axes, shown, markers, colors)
-        return png(figure)
-
-
-DASHES = (0, (4, 3))  # of a limit
-MARKERS = ("o", "s", "^", "D", "v", "P")  # of the engines, in turn
-
-
-def _variant_colors(colors: Theme) -> dict[str, str]:
-    return {"fp32": colors.ink, "int8-weights": colors.weights, "int8": colors.right, "int8-mixed": colors.wrong}
-
-
-def _draw_point(axes: Axes, point: Point, marker: str, color: str, colors: Theme) -> None:
-    """Outlined, and filled faintly: where points lie on each other, each can still be told."""
-    if point.is_shipped:
-        axes.plot(point.x, point.metric, "o", clip_on=False, **_ring(colors, 18))
-    axes.plot(point.x, point.metric, marker, clip_on=False, zorder=3, **_marker(color))
-
-
-def _marker(color: str) -> dict[str, Any]:
-    return {"markersize": 9, "markerfacecolor": (color, 0.35), "markeredgecolor": color, "markeredgewidth": 1.8}
-
-
-def _ring(colors: Theme, size: float) -> dict[str, Any]:
-    return {"markersize": size, "markerfacecolor": "none", "markeredgecolor": colors.ink, "markeredgewidth": 1.2}
-
-
-def _set_x_axis(axes: Axes, values: Sequence[float]) -> None:
-    """From 0, or logarithmic where one engine is many times slower than another and would hide the others."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    if max(values) <= 8 * min(values):
-        axes.set_xlim(0, 1.08 * max(values))
-        return
-    axes.set_xscale("log")
-    axes.set_xlim(0.8 * min(values), 1.25 * max(values))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _add_keys(axes: Axes, shown: Tradeoff, markers: Mapping[str, str], colors: Theme) -> None:
-    """Beside the axes, where no point can be: what colours, markers, ring and dashes mean."""
-    from matplotlib.lines import Line2D
-
-    def key(label: str, marker: str, **look: Any) -> Line2D:
-        return Line2D([], [], marker=marker, linestyle="none", label=label, **look)
-
-    drawn = {point.variant for point in shown.points}
-    keys = [key(name, "o", **_marker(color)) for name, color in _variant_colors(colors).items() if name in drawn]
-    keys.append(key("", "none"))
-    keys += [key(short(drawable(name), 28), marker, **_marker(colors.muted)) for name, marker in markers.items()]
-    keys.append(key("", "none"))
-    if any(point.is_shipped for point in shown.points):
-        keys.append(key("what a bundle gets", "o", **_ring(colors, 12)))
-    if shown.limits:
-        keys.append(Line2D([], [], color=colors.muted, linewidth=1, linestyle=DASHES, label="lowest allowed"))
-    legend = axes.legend(
-        handles=keys, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, labelcolor=colors.ink, fontsize=9
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-@dataclass(frozen=True)
-class FloatLayers:
-    """What the picture of the search shows, by the number of layers left in fp32."""
-
-    counts: tuple[int, ...]
-    drops: tuple[float, ...]  # points of the metric
-    timed: tuple[tuple[int, float], ...]  # (layers, time / fp32's time), of those that were timed
-    chosen: int | None  # the count of what a bundle gets; None: it gets none of these
-
-
-def float_layers(record: Mapping[str, Any]) -> FloatLayers:
-    """quantize.json's curve → what its picture shows."""
-    curve, ships = record["curve"], shipped_variant(record)
-    shipped = next(variant for variant in record["variants"] if variant["name"] == ships)
-    counts = tuple(step["float_layers"] for step in curve)
-    is_of_curve = ships in ("int8", "int8-mixed") and len(shipped["float_layers"]) in counts
-    return FloatLayers(
-        counts,
-        tuple(step["drop"] for step in curve),
-        tuple((step["float_layers"], step["time_ratio"]) for step in curve if step["time_ratio"] is not None),
-        len(shipped["float_layers"]) if is_of_curve else None,
-    )
-
-
-def sensitivity_picture(record: Mapping[str, Any], theme: ThemeName = "light") -> bytes:
-    """quantize.json with a curve → a PNG: drop, and time as a share of fp32's, by the layers left in fp32.
-
-    Dashed: the guard's limit, and fp32's time; a larger dot: what a bundle gets. Without a time there is only the
-    first panel.
-    """
-    from matplotlib.figure import Figure
-
-    colors, shown = THEMES[theme], float_layers(record)
-    with style(colors):
-        figure = Figure(figsize=(9, 3.3), dpi=DPI)
-        figure.subplots_adjust(wspace=0.2)
-        panels = figure.subplots(1, 2 if shown.timed else 1, squeeze=False)[0]
-        drops = tuple(zip(shown.counts, shown.drops, strict=True))
-        _draw_steps(panels[0], drops, record["max_drop"], shown.chosen, colors.wrong, colors)
-        panels[0].set_title(f"drop, points of {short(drawable(record['metric']), 20)}", **title_style(colors))
-        if shown.timed:
-            _draw_steps(panels[1], shown.timed, 1.0, shown.chosen, colors.right, colors)
-            panels[1].set_title("time / fp32's time", **title_style(colors))
-        return png(figure)
-
-
-def _draw_steps(
-    axes: Axes, steps: Sequence[tuple[int, float]], level: float, chosen: int | None, color: str, colors: Theme
-) -> None:
-    """(layers in fp32, figure) pairs, a dashed line at `level`; of what a bundle gets, a larger dot and the figure."""
-    from matplotlib.ticker import MaxNLocator
-
-    values = [value for _, value in steps]
-    axes.plot([count for count, _ in steps], values, "o-", markersize=4, color=color)
-    axes.axhline(level, color=colors.muted, linewidth=1, linestyle=DASHES)
-    axes.set_ylim(min(0.0, 1.15 * min(values)), 1.15 * max(level, 0.1, *values))
-    axes.set_xlabel("layers left in fp32")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(axis="y", color=colors.line, linewidth=0.8)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0)
-    for count, value in steps:
-        if count == chosen:
-            axes.plot(count, value, "o", color=color, markersize=9)
-            # not beside the point, where it would lie on the line or on the limit
-            text = f"{value:.2f} with {count} {'layer' if count == 1 else 'layers'}"
-            axes.set_title(text, loc="right", color=colors.muted, fontsize=10)
-
-
 def title_style(colors: Theme) -> dict[str, Any]:
     """How the title of one panel is written: left, in ink, and no mathematics is read into it."""
     return {"loc": "left", "color": colors.ink, "fontsize": 11, "parse_math": False}
 
 
-def contact_sheet(mistakes: Sequence[Mapping[str, Any]]) -> bytes:
-    """The mistakes of metrics.json → a JPEG: each image with "true → predicted score" under it, the worst first.
+SUBSETS = {"val": "validation", "test": "test"}
+NO_MISTAKES = {
+    "classify": "every {} image is right.",
+    "detect": "every box is found, none is false.",
+    "segment": "every pixel of the {} images is right.",
+}
 
-    An image that cannot be read is a grey cell that says so. Without mistakes: a small picture that says so.
+
+def no_mistakes(metrics: Mapping[str, Any]) -> str:
+    """→ "every validation image is right.": what there is to say where metrics.json has no mistakes."""
+    return NO_MISTAKES[metrics["task"]].format(SUBSETS[metrics["subset"]])
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """How a contact sheet is laid out; pixels."""
+
+    columns: int
+    side: int  # of a cell
+    text_height: int
+    foot: str = ""  # what the drawing means
+
+
+_SHEETS = {
+    "classify": _Sheet(4, 200, 44),
+    "detect": _Sheet(3, 320, 58, "dashed: true boxes; solid: answers; thick: missed or false"),
+    "segment": _Sheet(3, 320, 44, "line: the true region; filled: the answer"),
+}
+GAP, KEY_HEIGHT = 16, 20  # pixels
+
+
+def contact_sheet(metrics: Mapping[str, Any]) -> bytes:
+    """metrics.json → a JPEG of its mistakes, the worst first: each photo with truth and answer, and a caption under it.
+
+    What the drawing means is said at the foot. An image that cannot be read is a grey cell that says so. Without
+    mistakes: a small picture that says so.
     """
+    mistakes, sheet = metrics["mistakes"], _SHEETS[metrics["task"]]
+    if not mistakes:
+        text = _Text(230, 45, f"No mistakes: {no_mistakes(metrics)}", {"ha": "center", "va": "center", "fontsize": 12})
+        return _jpeg(np.full((90, 460, 3), 255, np.uint8), [text])
+    side, columns = sheet.side, min(sheet.columns, len(mistakes))
+    cell_height = side + sheet.text_height + GAP
+    foot = GAP + -(-len(mistakes) // columns) * cell_height
+    keys = region_keys(metrics)
+    keys_a_row = max(1, columns * (side + GAP) // 168)
+    height = foot + (KEY_HEIGHT * (1 + -(-len(keys) // keys_a_row)) if sheet.foot else 0)
+    canvas = np.full((height, GAP + columns * (side + GAP), 3), 255, np.uint8)
+    texts = [_Text(GAP, foot - 8, sheet.foot, {"color": THEMES["light"].muted})] if sheet.foot else []
+    for index, mistake in enumerate(mistakes):
+        left, top = GAP + index % columns * (side + GAP), GAP + index // columns * cell_height
+        canvas[top : top + side, left : left + side] = _cell(overlays.drawn(mistake, metrics, side, side), side)
+        texts.append(_Text(left, top + side + 6, _caption(mistake, metrics), {"linespacing": 1.35}))
+    for index, (name, color) in enumerate(keys):
+        left, top = GAP + index % keys_a_row * 168, foot + 12 + index // keys_a_row * KEY_HEIGHT
+        canvas[top : top + 12, left : left + 12] = color
+        texts.append(_Text(left + 18, top - 1, short(drawable(name), 20)))
+    return _jpeg(canvas, texts)
+
+
+def region_keys(metrics: Mapping[str, Any]) -> list[tuple[str, tuple[int, int, int]]]:
+    """Of a segmentation the classes that are drawn, with their RGB; of another task none."""
+    names = metrics["class_names"] if metrics["task"] == "segment" else []
+    return [(name, overlays.region_color(index)) for index, name in enumerate(names) if index > 0]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Words on a contact sheet, under the point (x, y) and right of it; pixels."""
+
+    x: int
+    y: int
+    words: str
+    look: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _jpeg(canvas: np.ndarray, texts: Sequence[_Text]) -> bytes:
+    """uint8 (H, W, 3) RGB with texts on it."""
     from matplotlib.figure import Figure
 
-    colors, side, gap, text_height = THEMES["light"], 200, 16, 44  # pixels
-    columns = min(4, len(mistakes))
-    rows = -(-len(mistakes) // 4)
-    width, height = (gap + columns * (side + gap), gap + rows * (side + text_height + gap)) if mistakes else (460, 90)
-    with style(colors):
+    height, width = canvas.shape[:2]
+    with style(THEMES["light"]):
         figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-        canvas = np.full((height, width, 3), 255, np.uint8)
-        for index, mistake in enumerate(mistakes):
-            left = gap + index % 4 * (side + gap)
-            top = gap + index // 4 * (side + text_height + gap)
-            canvas[top : top + side, left : left + side] = _cell(Path(mistake["path"]), side)
-            under = (left / width, 1 - (top + side + 6) / height)
-            figure.text(*under, _caption(mistake), va="top", fontsize=8.5, linespacing=1.35, parse_math=False)
-        if not mistakes:
-            figure.text(
-                0.5, 0.5, "No mistakes: every validation image is right.", ha="center", va="center", fontsize=12
-            )
+        for text in texts:
+            look = {"va": "top", "fontsize": 8.5, "parse_math": False, **text.look}
+            figure.text(text.x / width, 1 - text.y / height, text.words, **look)
         figure.figimage(canvas)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="jpeg", pil_kwargs={"quality": 90})
     return buffer.getvalue()
 
 
-def _caption(mistake: Mapping[str, Any]) -> str:
+def _caption(mistake: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    if metrics["task"] == "detect":
+        boxes = overlays.judged(mistake, metrics)
+        lines = [f"{mistake['missed']} missed, {mistake['false']} false"]
+        lines += [f"missed: {overlays.labels_of(boxes.missed)}"] if boxes.missed else []
+        lines += [f"false: {overlays.labels_of(boxes.false)}"] if boxes.false else []
+        return "\n".join(short(drawable(line), 52) for line in lines)
+    if metrics["task"] == "segment":
+        return f"IoU {mistake['iou']:.2f}\n{short(drawable(Path(mistake['path']).name), 52)}"
     label, predicted = short(drawable(mistake["label"]), 26), short(drawable(mistake["predicted"]), 16)
     return f"{label}\n→ {predicted}  {100 * mistake['score']:.0f} %"
 
 
-def _cell(path: Path, side: int) -> np.ndarray:
-    """An image file → uint8 (side, side, 3) RGB, the whole image, with bars where its shape is another."""
+def _cell(image: np.ndarray | None, side: int) -> np.ndarray:
+    """uint8 (h, w, 3) BGR → uint8 (side, side, 3) RGB, the whole image, with bars where its shape is another."""
     cell = np.full((side, side, 3), 238, np.uint8)
-    try:
-        image = fitted(runner.read_image(path), side)
-    except runner.RunnerError:
+    if image is None:
         cv2.putText(
             cell, "image gone", (side // 2 - 44, side // 2), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (90, 90, 90), 1, cv2.LINE_AA
         )
@@ -462,15 +393,6 @@ def _cell(path: Path, side: int) -> np.ndarray:
     top, left = (side - height) // 2, (side - width) // 2
     cell[top : top + height, left : left + width] = image[..., ::-1]
     return cell
-
-
-def fitted(image: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (H, W, 3) → the same picture, its longer side `side` pixels; for eyes, not for networks."""
-    scale = side / max(image.shape[:2])
-    # Tiny images are shown as the pixels that they are: smoothed, 8 px of a digit are a blur.
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC if scale < 4 else cv2.INTER_NEAREST
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    return np.asarray(cv2.resize(image, size, interpolation=method))
 
 
 def style(colors: Theme) -> AbstractContextManager[None]:

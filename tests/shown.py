@@ -1,4 +1,4 @@
-"""What the tests of the report and of its pictures share: a history, images of one colour, and ways to look."""
+"""What the tests of the report and of its pictures share: a history, records, images of one colour, ways to look."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from edgekit import runner
 from edgekit.artifacts import write_bytes
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }} & $x$ [red]猫")
-HISTORY = """epoch,phase,learning_rate,train_loss,val_loss,val_top1,seconds,images_per_second
-1,head,0.005,1.6,1.2,0.5,61.0,40.0
-2,stages,0.001,0.9,0.8,0.7,70.5,30.0
-3,stages,0.0,0.7,0.75,0.7,70.5,32.0
+HISTORY = """epoch,phase,learning_rate,train_loss,val_loss,metric,val_metric,seconds,images_per_second
+1,head,0.005,1.6,1.2,top-1,0.5,61.0,40.0
+2,stages,0.001,0.9,0.8,top-1,0.7,70.5,30.0
+3,stages,0.0,0.7,0.75,top-1,0.7,70.5,32.0
 """
 
 
@@ -42,6 +42,124 @@ def solid(path: Path, color: tuple[int, int, int], height: int = 40, width: int 
 
 def mistake(path: Path, label: str = "newt", predicted: str = "dog") -> dict[str, Any]:
     return {"path": str(path), "label": label, "predicted": predicted, "score": 0.875, "true_score": 0.0625}
+
+
+def classification(mistakes: Sequence[dict[str, Any]], subset: str = "val") -> dict[str, Any]:
+    """What a contact sheet needs of a classification's metrics.json."""
+    return {"task": "classify", "subset": subset, "class_names": ["cat", "dog", "newt"], "mistakes": list(mistakes)}
+
+
+# Detection: three classes, of which the third has no true box; precision falls from 1 at a class's own recall.
+NAMES = ("cat", "dog", "newt")
+
+
+def detection(mistakes: Sequence[dict[str, Any]] = (), names: tuple[str, ...] = NAMES) -> dict[str, Any]:
+    """metrics.json of a detection, evaluated as torch, ONNX and bundle."""
+    figures = ((12, 0.75, 0.5, 0.875, 0.8, 0.8358), (5, 0.5, 0.25, 0.625, 0.6, 0.6122), (0, None, None, 0.0, 0.0, 0.0))
+    keys = ("support", "ap50", "ap", "precision", "recall", "f1")
+    column = {
+        "map": 0.375,
+        "map50": 0.625,
+        "map75": 0.3333,
+        "best_f1_score": 0.42,
+        "per_class": [
+            {"label": name, **dict(zip(keys, row, strict=True))} for name, row in zip(names, figures, strict=True)
+        ],
+        "pr_curves": {
+            name: [1.0] * count + [0.0] * (101 - count) for name, count in zip(names[:2], (76, 51), strict=True)
+        },
+        "agreement": 1.0,
+        "images_per_second": 31.25,
+    }
+    return {
+        "task": "detect",
+        "subset": "val",
+        "images": 87,
+        "class_names": list(names),
+        "columns": {"torch": column, "onnx": column, "bundle": {**column, "map50": 0.6123, "agreement": 0.99804}},
+        "mistakes": list(mistakes),
+        "conditions": {"cpu": "A CPU @ 2 GHz"},
+    }
+
+
+def box(label: str, *edges: float, score: float | None = None, names: tuple[str, ...] = NAMES) -> dict[str, Any]:
+    """A true box, or with a score an answer; edges: left, top, right, bottom."""
+    found = {"label": label, "class_id": names.index(label), "box": list(edges)}
+    return found if score is None else {**found, "score": score}
+
+
+def detect_mistake(path: Path, names: tuple[str, ...] = NAMES) -> dict[str, Any]:
+    """Of a photo of 80x40: a cat found, a cat and a dog missed, a newt that is not there; and a doubtful answer."""
+    cat, dog, newt = names
+    edges = {"found": (4, 4, 24, 34), "missed": (30, 4, 40, 34), "dog": (44, 20, 54, 34), "false": (60, 8, 74, 30)}
+    truth = [box(cat, *edges["found"], names=names), box(cat, *edges["missed"], names=names)]
+    truth.append(box(dog, *edges["dog"], names=names))
+    answers = [box(cat, 5, 4, 24, 35, score=0.875, names=names), box(newt, *edges["false"], score=0.5, names=names)]
+    answers.append(box(dog, *edges["dog"], score=0.41, names=names))
+    return {"path": str(path), "missed": 2, "false": 1, "truth": truth, "answers": answers}
+
+
+def segmentation(mistakes: Sequence[dict[str, Any]] = (), names: tuple[str, ...] = NAMES) -> dict[str, Any]:
+    """metrics.json of a segmentation, evaluated as torch and bundle on a test set; the third class never occurs."""
+    confusion = [[900_000, 50_000, 0], [12_500, 37_500, 0], [0, 0, 0]]
+    figures = (
+        (950_000, 0.9351, 0.9863, 0.9474, 0.9665),
+        (50_000, 0.375, 0.4286, 0.75, 0.5455),
+        (0, None, 0.0, 0.0, 0.0),
+    )
+    keys = ("pixels", "iou", "precision", "recall", "f1")
+    column = {
+        "mean_iou": 0.6551,
+        "pixel_accuracy": 0.9375,
+        "per_class": [
+            {"label": name, **dict(zip(keys, row, strict=True))} for name, row in zip(names, figures, strict=True)
+        ],
+        "confusion": confusion,
+        "agreement": 1.0,
+        "images_per_second": 9.5,
+    }
+    return {
+        "task": "segment",
+        "subset": "test",
+        "images": 72,
+        "class_names": list(names),
+        "columns": {"torch": column, "bundle": {**column, "agreement": 0.99987}},
+        "mistakes": list(mistakes),
+        "conditions": {"cpu": "A CPU @ 2 GHz"},
+    }
+
+
+def segment_mistake(path: Path, mask: Path, found: np.ndarray, names: tuple[str, ...] = NAMES) -> dict[str, Any]:
+    """found: uint8 (H, W), the class that the network gave each pixel. The mask has the levels 0, 100 and 200."""
+    answers = [
+        {"label": names[i], "class_id": int(i), "share": float((found == i).mean()), "mask": rle(found == i)}
+        for i in np.unique(found)
+    ]
+    return {"path": str(path), "iou": 0.4321, "mask": str(mask), "levels": [0, 100, 200], "answers": answers}
+
+
+def rle(mask: np.ndarray) -> dict[str, Any]:
+    """bool (H, W) → COCO's uncompressed RLE: runs down the columns, zeros first."""
+    pixels = mask.T.ravel()
+    edges = [0, *(np.flatnonzero(np.diff(pixels)) + 1).tolist(), pixels.size]
+    runs = np.diff(edges).tolist()
+    return {"size": list(mask.shape), "counts": [0, *runs] if pixels[0] else runs}
+
+
+def from_rle(mask: dict[str, Any]) -> np.ndarray:
+    """The inverse of rle."""
+    pixels = np.repeat(np.arange(len(mask["counts"])) % 2 == 1, mask["counts"])
+    return pixels.reshape(mask["size"][::-1]).T
+
+
+if not hasattr(runner, "from_rle"):  # the runner is about to have it
+    runner.from_rle = from_rle
+
+
+def grey_png(path: Path, values: np.ndarray) -> Path:
+    """uint8 (H, W) or (H, W, 3) → a PNG."""
+    write_bytes(path, cv2.imencode(".png", values)[1].tobytes())
+    return path
 
 
 # Variants of quantize.json, as an EfficientNet-Lite0 of 412 validation images gives them:

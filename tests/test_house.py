@@ -39,11 +39,13 @@ NOUNS = {
     "markdown",
     "mask_files",
     "opencv",
+    "overlays",
     "parity",
     "pictures",
     "plugin",
     "preflight",
     "progress",
+    "quantization_pictures",
     "receiver",
     "recipe",
     "report",
@@ -103,7 +105,9 @@ ALLOWED = {
     "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
     "progress": LAYER_0 | {"finetune"},  # its records' types only
-    "pictures": RECORDS,
+    "overlays": RECORDS,
+    "pictures": RECORDS | {"overlays"},
+    "quantization_pictures": RECORDS | {"pictures"},
     "compiling": LAYER_0 | {"environments"},
     "plugin": LAYER_0 | {"artifacts", "compiling", "environments"},
     "cuda_wheel": LAYER_0 | {"compiling", "environments", "plugin"},
@@ -112,8 +116,8 @@ ALLOWED = {
     "terminal": set(),
     "cli_latency": STAGES | NOUNS | LAYER_0,
     "report": RECORDS
-    | {"arm64", "artifacts", "backbones", "datasets", "history", "latency", "parity", "pictures", "threads", "timing"}
-    | {"workload"},
+    | {"arm64", "artifacts", "backbones", "datasets", "history", "latency", "overlays", "parity", "pictures"}
+    | {"quantization_pictures", "threads", "timing", "workload"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},
@@ -159,9 +163,9 @@ def is_module(name: str) -> bool:
 
 
 def _package(name: str) -> str:
-    """Rewrites and the parts of int8 share their package's rule."""
+    """Rewrites, and the parts of int8 and of the report, share their package's rule."""
     package = name.split(".")[0]
-    return package if package in ("lowering", "int8") else name
+    return package if package in ("lowering", "int8", "report") else name
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -13,19 +13,21 @@ from shown import (
     HISTORY,
     HOSTILE,
     bgr,
+    classification,
     decoded,
+    detect_mistake,
+    detection,
+    grey_png,
     mistake,
-    not_ok,
-    quantize_record,
     rows_of,
+    segment_mistake,
+    segmentation,
     share_of,
     solid,
-    without_times,
 )
 
-from edgekit import pictures
+from edgekit import overlays, pictures
 from edgekit.artifacts import write_bytes
-from edgekit.pictures import FloatLayers, Point, Tradeoff
 
 
 @pytest.mark.parametrize("classes", [1, 2, 20, 100, 250])
@@ -135,13 +137,14 @@ def test_the_users_own_matplotlib_settings_do_not_matter() -> None:
 @pytest.mark.parametrize(("count", "size"), [(1, (276, 232)), (4, (276, 880)), (5, (536, 880)), (24, (1576, 880))])
 def test_contact_sheet_has_four_columns(tmp_path: Path, count: int, size: tuple[int, int]) -> None:
     path = solid(tmp_path / "a.png", (0, 0, 255))
-    assert decoded(pictures.contact_sheet([mistake(path)] * count)).shape[:2] == size
+    assert decoded(pictures.contact_sheet(classification([mistake(path)] * count))).shape[:2] == size
 
 
 def test_contact_sheet_keeps_the_order_and_the_shapes(tmp_path: Path) -> None:
     red = solid(tmp_path / "red.png", (0, 0, 255))
     wide = solid(tmp_path / "wide.png", (255, 0, 0), height=20, width=400)
-    sheet = decoded(pictures.contact_sheet([mistake(red), mistake(wide), mistake(tmp_path / "gone.png")])).astype(int)
+    three = [mistake(red), mistake(wide), mistake(tmp_path / "gone.png")]
+    sheet = decoded(pictures.contact_sheet(classification(three))).astype(int)
 
     def close(row: int, left: int, color: tuple[int, int, int]) -> bool:
         return bool(np.abs(sheet[row, left] - color).max() < 12)  # JPEG
@@ -157,225 +160,125 @@ def test_contact_sheet_keeps_the_order_and_the_shapes(tmp_path: Path) -> None:
 def test_tiny_images_keep_their_pixels(tmp_path: Path) -> None:
     board = np.tile(np.uint8([[0, 255], [255, 0]]), (4, 4))  # 8×8, black and white in turn
     write_bytes(tmp_path / "board.png", cv2.imencode(".png", board)[1].tobytes())
-    sheet = decoded(pictures.contact_sheet([mistake(tmp_path / "board.png")]))
+    sheet = decoded(pictures.contact_sheet(classification([mistake(tmp_path / "board.png")])))
     squares = sheet[16:216, 16:216, 0].reshape(8, 25, 8, 25).transpose(0, 2, 1, 3)[:, :, 3:-3, 3:-3]
     assert np.abs(squares.astype(int) - board[:, :, None, None]).max() < 40  # JPEG
 
 
 def test_contact_sheet_shows_the_whole_of_very_long_images(tmp_path: Path) -> None:
     path = solid(tmp_path / "line.png", (0, 255, 0), height=1, width=3000)
-    assert decoded(pictures.contact_sheet([mistake(path, *HOSTILE[:2])])).shape == (276, 232, 3)
+    assert decoded(pictures.contact_sheet(classification([mistake(path, *HOSTILE[:2])]))).shape == (276, 232, 3)
 
 
-def test_contact_sheet_without_mistakes_says_so() -> None:
-    sheet = decoded(pictures.contact_sheet([]))
-    assert sheet.shape == (90, 460, 3) and sheet.min() < 100
+@pytest.mark.parametrize("metrics", [classification([]), classification([], "test"), detection(), segmentation()])
+def test_contact_sheet_without_mistakes_says_so(metrics: dict[str, Any]) -> None:
+    sheet = decoded(pictures.contact_sheet(metrics))
+    assert sheet.shape[0] == 90 and sheet.min() < 100
+    ink = np.flatnonzero((sheet < 128).any(axis=(0, 2)))
+    assert ink.min() > 10 and ink.max() < sheet.shape[1] - 10, "the whole sentence is there"
 
 
-# Quantization
-
-
-def test_tradeoff_is_the_metric_against_milliseconds() -> None:
-    shown = pictures.tradeoff(quantize_record(("fp32", "int8"), engines=2))
-    openvino, classic = "4.14.0 openvino", "4.14.0 classic"
-    assert shown == Tradeoff(
-        "milliseconds, one forward pass",
-        (
-            Point("fp32", openvino, 8.9, pytest.approx(100 * 408 / 412), is_shipped=False),
-            Point("fp32", classic, 14.2, pytest.approx(100 * 408 / 412), is_shipped=False),
-            Point("int8", openvino, pytest.approx(3.827), pytest.approx(100 * 395 / 412), is_shipped=True),
-            Point("int8", classic, pytest.approx(14.2 * 0.43**0.8), pytest.approx(100 * 394 / 412), is_shipped=True),
-        ),
-        (pytest.approx(100 * 408 / 412 - 1.0),),
-    )
-
-
-def test_tradeoff_leaves_out_what_has_no_time_or_is_not_ok() -> None:
-    record = quantize_record(("fp32", "int8"), engines=3)
-    record["variants"][0]["figures"][1]["median_ms"] = None  # fp32 has no time on 4.14.0 classic
-    not_ok(record["variants"][1]["figures"][2], "died")
-    points = pictures.tradeoff(record).points
-    assert [(point.variant, point.engine) for point in points] == [
-        ("fp32", "4.14.0 openvino"),
-        ("fp32", "5.0.0 classic"),
-        ("int8", "4.14.0 openvino"),
-        ("int8", "4.14.0 classic"),
+def test_no_mistakes_is_said_of_the_task_and_the_subset() -> None:
+    assert [pictures.no_mistakes(metrics) for metrics in (classification([]), detection(), segmentation())] == [
+        "every validation image is right.",
+        "every box is found, none is false.",
+        "every pixel of the test images is right.",
     ]
 
 
-def test_tradeoff_has_a_limit_for_each_different_fp32_metric() -> None:
-    record = quantize_record(("fp32", "int8"), engines=3)
-    record["max_drop"] = 2.0
-    for figure, metric in zip(record["variants"][0]["figures"], (0.75, 0.5, 0.75), strict=True):
-        figure["metric"] = metric
-    assert pictures.tradeoff(record).limits == (48.0, 73.0)
-    not_ok(record["variants"][0]["figures"][1], "wrong")
-    assert pictures.tradeoff(record).limits == (73.0,)
+def test_a_sheet_of_boxes_shows_what_was_missed_and_what_is_false(tmp_path: Path) -> None:
+    photo = solid(tmp_path / "a.png", (90, 110, 130), height=40, width=80)
+    sheet = decoded(pictures.contact_sheet(detection([detect_mistake(photo)] * 4)))
+    assert sheet.shape == (16 + 2 * 394 + 20, 16 + 3 * 336, 3)
+    cell = sheet[16 + 80 : 16 + 240, 16:336].astype(int)  # the photo is twice as wide as high
+    assert np.abs(cell[150, 160] - (90, 110, 130)).max() < 12, "nothing there"
+    assert np.abs(cell[75, 240] - overlays.WRONG).max() < 60, "the left edge of what is false"
+    assert sheet[16 + 320 : 16 + 320 + 50, 16:336].min() < 100, "the caption"
+    assert sheet[-25:, :336].min() < 150, "what the drawing means"
+    second = sheet[16 + 394 : 16 + 394 + 320]
+    assert (second[:, 352:] == 255).all() and (second[:, 16:336] < 245).all(axis=2).mean() > 0.9, "the fourth, alone"
 
 
-def test_tradeoff_has_no_limit_of_an_engine_that_has_no_point() -> None:
-    record = quantize_record(("fp32", "int8"), engines=2)
-    record["variants"][0]["figures"][1]["metric"] = 0.5
-    for variant in record["variants"]:
-        variant["figures"][1]["median_ms"] = None
-    assert pictures.tradeoff(record).limits == (pytest.approx(100 * 408 / 412 - 1.0),)
+def test_a_sheet_of_regions_names_the_colours(tmp_path: Path) -> None:
+    photo = solid(tmp_path / "a.png", (90, 110, 130), height=40, width=80)
+    truth = np.zeros((40, 80), np.uint8)
+    mask = grey_png(tmp_path / "mask.png", truth)
+    metrics = segmentation([segment_mistake(photo, mask, truth + 1)])
+    sheet = decoded(pictures.contact_sheet(metrics)).astype(int)
+    assert sheet.shape == (16 + 380 + 40, 352, 3)
+    colors = [overlays.region_color(index)[::-1] for index in (1, 2)]
+    for left, color in zip((16, 184), colors, strict=True):
+        assert np.abs(sheet[16 + 380 + 18, left + 6] - color).max() < 40
+    middle = 0.6 * np.array((90, 110, 130)) + 0.4 * np.array(colors[0])
+    assert np.abs(sheet[176, 176] - middle).max() < 12, "filled, and the photo shines through"
 
 
-def test_tradeoff_without_any_time_is_against_the_files_size() -> None:
-    shown = pictures.tradeoff(without_times(quantize_record(engines=1)))
-    assert shown.x_label == "size of the file, MB"
-    assert [point.x for point in shown.points] == [13.6, 3.7, 3.6, 4.3]
-
-
-@pytest.mark.parametrize(
-    ("variants", "precision", "name"),
-    [
-        (("fp32", "int8"), "fp32", "fp32"),
-        (("fp32", "int8-weights", "int8"), "int8-weights", "int8-weights"),
-        (("fp32", "int8"), "int8", "int8"),
-        (("fp32", "int8", "int8-mixed"), "int8", "int8-mixed"),  # int8 lost 3.16 points, of 1 allowed
-    ],
-)
-def test_shipped_variant(variants: tuple[str, ...], precision: str, name: str) -> None:
-    assert pictures.shipped_variant(quantize_record(variants, precision=precision)) == name
-
-
-def test_of_two_int8_variants_the_one_within_the_guard_is_shipped() -> None:
-    record = quantize_record()
-    record["max_drop"] = 3.5
-    assert pictures.shipped_variant(record) == "int8"
-    not_ok(record["variants"][2]["figures"][3], "timed out")
-    assert pictures.shipped_variant(record) == "int8-mixed"
-
-
-def test_float_layers_are_the_steps_of_the_search() -> None:
-    record = quantize_record()
-    assert pictures.float_layers(record) == FloatLayers(
-        (0, 1, 2), (3.1, 1.4, 0.7), ((0, 0.42), (1, 0.45), (2, 0.49)), chosen=2
-    )
-    record["curve"][1]["time_ratio"] = None
-    record["precision"] = "fp32"
-    assert pictures.float_layers(record) == FloatLayers((0, 1, 2), (3.1, 1.4, 0.7), ((0, 0.42), (2, 0.49)), chosen=None)
-
-
-def places_of(image: np.ndarray, color: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of a colour's pixels within the axes: the keys are the right quarter."""
-    return np.nonzero((image[:, : int(0.75 * image.shape[1])] == bgr(color)).all(axis=2))
-
-
-@pytest.mark.parametrize("theme", pictures.THEMES)
-def test_points_lie_where_their_figures_say(theme: pictures.ThemeName) -> None:
-    colors = pictures.THEMES[theme]
-    image = decoded(pictures.quantization_picture(quantize_record(engines=1), theme))
-    assert 650 < image.shape[0] < 850 and 1300 < image.shape[1] < 1600
-    assert tuple(image[0, 0]) == bgr(colors.surface)
-    # one engine: int8 is left of int8-mixed, both of int8-weights; int8-weights is above int8-mixed, int8 under both
-    rows, columns = zip(*(places_of(image, c) for c in (colors.right, colors.wrong, colors.weights)), strict=True)
-    assert columns[0].mean() < columns[1].mean() < columns[2].min()
-    assert rows[2].max() < rows[1].min() and rows[1].max() < rows[0].min()
-    dashes = np.flatnonzero((image == bgr(colors.muted)).all(axis=2).mean(axis=1) > 0.25)
-    assert len(dashes) >= 1 and rows[1].max() < dashes.min() and dashes.max() < rows[0].min(), "the guard parts them"
-
-
-def test_the_shipped_variant_has_a_ring() -> None:
-    colors = pictures.THEMES["light"]
-    shipped, other = (
-        decoded(pictures.quantization_picture(quantize_record(("fp32", "int8"), 1, precision)))
-        for precision in ("int8", "fp32")
-    )
-    row, column = (int(place.mean()) for place in places_of(shipped, colors.right))
-    around = np.s_[row - 25 : row + 26, column - 25 : column + 26]
-    assert share_of(shipped[around], colors.ink) > 0.02 and share_of(other[around], colors.ink) == 0
-
-
-def test_engines_have_markers_of_their_own() -> None:
-    """int8 alone, as the first to the fourth engine: a circle, a square, a triangle, a diamond."""
-    tops, bottoms = [], []  # the uppermost and lowest three rows of the marker: their share of its width
-    for index in range(4):
-        record = quantize_record(("fp32", "int8"), engines=4, precision="fp32")
-        record["variants"][1]["figures"] = record["variants"][1]["figures"][index : index + 1]
-        rows, columns = places_of(decoded(pictures.quantization_picture(record)), pictures.THEMES["light"].right)
-        width = 3 * (int(np.ptp(columns)) + 1)
-        tops.append((rows < rows.min() + 3).sum() / width)
-        bottoms.append((rows > rows.max() - 3).sum() / width)
-    assert [top > 0.6 for top in tops] == [False, True, False, False]
-    assert [top < 0.3 for top in tops] == [False, False, True, True]
-    assert [bottom > 0.6 for bottom in bottoms] == [False, True, True, False]
-
-
-def test_more_engines_do_not_make_the_picture_larger() -> None:
-    few, many = (decoded(pictures.quantization_picture(quantize_record(engines=n))).shape for n in (1, 4))
-    assert few[0] == many[0] and abs(few[1] - many[1]) < 60
-
-
-def test_a_slow_engine_does_not_hide_the_others() -> None:
-    """27 times slower: on a linear axis, the fast engine's points would all be within a pixel or two of each other."""
-    record = quantize_record(("fp32", "int8"), engines=2)
-    for variant in record["variants"]:
-        variant["figures"][1]["median_ms"] *= 100
-    image = decoded(pictures.quantization_picture(record))
-    columns = places_of(image, pictures.THEMES["light"].right)[1]
-    assert columns.max() - columns.min() > 0.4 * image.shape[1]
-    assert columns.min() > 0.02 * image.shape[1], "the marker is within the axes"
-
-
-@pytest.mark.parametrize("change", ["perfect", "nothing right", "no drop allowed", "one point", "no time", "no fp32"])
-def test_any_figures_can_be_drawn(change: str) -> None:
-    record = quantize_record()
-    figures = [figure for variant in record["variants"] for figure in variant["figures"]]
-    if change in ("perfect", "nothing right"):
-        for figure in figures:
-            figure |= {"metric": float(change == "perfect"), "drop": 0.0}
-        record["curve"] = [{"float_layers": 0, "drop": 0.0, "time_ratio": 0.4, "last": ""}]
-        record["max_drop"] = 0.0
-    elif change == "no drop allowed":
-        record |= {"max_drop": 0.0, "curve": [step | {"drop": -step["drop"]} for step in record["curve"]]}
-    elif change == "one point":
-        for figure in figures[1:]:
-            not_ok(figure, "raised")
-        record["curve"] = record["curve"][:1]
-    elif change == "no time":
-        without_times(record)
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_a_sheet_of_hostile_names_and_gone_files(tmp_path: Path, task: str) -> None:
+    gone = tmp_path / "$x_1$ gone.png"
+    if task == "detect":
+        metrics = detection([detect_mistake(gone, HOSTILE)], HOSTILE)
     else:
-        for figure in record["variants"][0]["figures"]:
-            not_ok(figure, "died")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for picture in (pictures.quantization_picture(record), pictures.sensitivity_picture(record)):
-            height, width, _ = decoded(picture).shape
-            assert 450 < height < 850 and 1000 < width < 1600
+        metrics = segmentation([segment_mistake(gone, gone, np.ones((4, 4), np.uint8), HOSTILE)], HOSTILE)
+    sheet = decoded(pictures.contact_sheet(metrics)).astype(int)
+    assert np.abs(sheet[40, 40] - 238).max() < 12 and sheet[170:185, 120:240].min() < 150, "the cell says so"
 
 
-@pytest.mark.parametrize("text", [*HOSTILE, "$\\frac$", "\x08", "", "n" * 300])
-def test_any_engine_and_metric_can_be_drawn(text: str) -> None:
-    record: dict[str, Any] = quantize_record(engines=1) | {"metric": text}
-    for variant in record["variants"]:
-        variant["figures"][0]["engine"] = text
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        width = decoded(pictures.quantization_picture(record)).shape[1]
-        assert width < 1900
-        assert decoded(pictures.sensitivity_picture(record)).shape[1] < 1400
+# Precision and recall
+
+
+def test_average_precision_is_the_mean_over_the_recalls() -> None:
+    curves = {"a": [0.5] * 101, "b": [1.0] * 51 + [0.0] * 50, "c": [1.0] * 101}
+    assert list(pictures.average_precisions(curves).items()) == [("c", 1.0), ("b", 51 / 101), ("a", 0.5)]
 
 
 @pytest.mark.parametrize("theme", pictures.THEMES)
-def test_sensitivity_picture_has_a_panel_for_drop_and_one_for_time(theme: pictures.ThemeName) -> None:
-    colors = pictures.THEMES[theme]
-    image = decoded(pictures.sensitivity_picture(quantize_record(), theme))
-    assert tuple(image[0, 0]) == bgr(colors.surface) and image.shape[1] > 2 * image.shape[0] > 900
-    half = image.shape[1] // 2
-    drop, time = image[:, :half], image[:, half:]
-    assert share_of(drop, colors.wrong) > 0 == share_of(drop, colors.right)
-    assert share_of(time, colors.right) > 0 == share_of(time, colors.wrong)
-    rows, columns = np.nonzero((drop == bgr(colors.wrong)).all(axis=2))
-    dashes = np.flatnonzero((drop == bgr(colors.muted)).all(axis=2).mean(axis=1) > 0.25)
-    left, right = rows[columns < columns.min() + 5], rows[columns > columns.max() - 5]
-    assert left.mean() < dashes.min() and right.mean() > dashes.max(), "3.1 is above the limit of 1.0, 0.7 under it"
+def test_lines_of_precision_lie_where_their_figures_say(theme: pictures.ThemeName) -> None:
+    """One class of precision 0.5 up to a recall of 1: a level line across the middle of the axes."""
+    image = decoded(pictures.precision_recall_picture({"a": [0.5] * 101}, theme))
+    rows, columns = np.nonzero((image == bgr(pictures.CURVES[theme][0])).all(axis=2))
+    line = rows == np.bincount(rows).argmax()
+    level, left, right = int(np.bincount(rows).argmax()), columns[line].min(), columns[line].max()
+    assert 0.4 * image.shape[0] < level < 0.6 * image.shape[0]
+    assert left < 0.12 * image.shape[1] and 0.6 * image.shape[1] < right
+    assert tuple(image[0, 0]) == bgr(pictures.THEMES[theme].surface)
 
 
-def test_sensitivity_picture_without_times_has_one_panel() -> None:
-    image = decoded(pictures.sensitivity_picture(without_times(quantize_record())))
-    colors = pictures.THEMES["light"]
-    assert share_of(image, colors.right) == 0
-    columns = np.nonzero((image == bgr(colors.wrong)).all(axis=2))[1]
-    assert columns.max() - columns.min() > 0.8 * image.shape[1]
+def test_every_class_has_a_line_of_its_own_up_to_eight() -> None:
+    def picture(classes: int) -> np.ndarray:
+        return decoded(pictures.precision_recall_picture({f"c{i}": [1 - i / 20] * 101 for i in range(classes)}))
+
+    eight, nine = picture(8), picture(9)
+    assert all(share_of(eight, color) > 0.0005 for color in pictures.CURVES["light"])
+    assert abs(eight.shape[1] - nine.shape[1]) < 60 and eight.shape[0] == nine.shape[0]
+    top = nine[: nine.shape[0] // 6, : nine.shape[1] // 2]
+    assert share_of(top, pictures.THEMES["light"].muted) > 0, "the best is one of the crowd: a thin line"
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "$\\frac$", "\x08", "", "n" * 300])
+def test_any_class_can_have_a_curve(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = decoded(pictures.precision_recall_picture({name: [1.0] * 101, "other": [0.0] * 101}))
+    assert 600 < image.shape[0] < 900 and 900 < image.shape[1] < 1500
+
+
+def test_no_class_with_a_true_box_has_a_picture_too() -> None:
+    image = decoded(pictures.precision_recall_picture({}))
+    assert share_of(image, pictures.THEMES["light"].muted) > 0.0005
+
+
+# Shares of pixels
+
+
+def test_counts_too_long_to_read_are_shares_of_the_true_class() -> None:
+    def picture(*counts: int) -> bytes:
+        return pictures.confusion_picture([list(counts[:2]), list(counts[2:])], ["a", "b"])
+
+    assert picture(600_000, 200_000, 0, 1) == picture(300_000, 100_000, 0, 7), "the same shares"
+    assert picture(60_000, 20_000, 0, 1) != picture(30_000, 10_000, 0, 1), "counts"
+
+
+def test_only_all_of_a_class_is_a_hundred() -> None:
+    counts = np.array([[1_000_000, 0, 0], [1, 999_999, 0], [500_000, 1, 499_999], [0, 0, 0]][:3])
+    assert pictures._shares(counts).tolist() == [["100", "0.1", "0.1"], ["0.1", "99.9", "0.1"], ["50.0", "0.1", "50.0"]]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,20 +15,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
-from shown import HISTORY, HOSTILE, bgr, mistake, not_ok, quantize_record, solid, without_times
+from shown import (
+    HISTORY,
+    HOSTILE,
+    NAMES,
+    bgr,
+    box,
+    detect_mistake,
+    detection,
+    grey_png,
+    mistake,
+    not_ok,
+    quantize_record,
+    segment_mistake,
+    segmentation,
+    solid,
+    without_times,
+)
 
-from edgekit import pictures, report, runner
+from edgekit import pictures, quantization_pictures, report, runner
 from edgekit.artifacts import RunFolder, write_bytes, write_json, write_text
 from edgekit.backbones import LISTED, Backbone
 from edgekit.datasets import Dataset, Problem, write_split
 from edgekit.errors import ArtifactError, ConfigError
 from edgekit.latency import LatencyRun, Subject
 from edgekit.recipe import make_recipe, to_toml
+from edgekit.report import evaluation, figures
 from edgekit.samples import Sample
 from edgekit.threads import ThreadSweep, ThreadTime
 from edgekit.timing import Timing
 
-NAMES = ("cat", "dog", "newt")
 # 10 images: 4 cats (one taken for a newt), 3 dogs, 3 newts (two taken for dogs)
 CONFUSION = [[3, 0, 1], [0, 3, 0], [0, 2, 1]]
 
@@ -45,6 +62,7 @@ def column(names: tuple[str, ...] = NAMES, **changes: Any) -> dict[str, Any]:
 def metrics(names: tuple[str, ...] = NAMES, mistakes: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     return {
         "task": "classify",
+        "subset": "val",
         "images": 10,
         "class_names": list(names),
         "columns": {
@@ -150,6 +168,103 @@ def test_per_class_table_says_what_a_class_is_taken_for() -> None:
     ]
 
 
+DETECTED = [
+    ["", "torch", "onnx", "bundle"],
+    ["mAP@0.5", "62.50 %", "62.50 %", "61.23 %"],
+    ["mAP (COCO)", "37.50 %", "37.50 %", "37.50 %"],
+    ["mAP@0.75", "33.33 %", "33.33 %", "33.33 %"],
+    ["agreement with torch", "100.00 %", "100.00 %", "99.80 %"],
+    ["images/s", "31.2", "31.2", "31.2"],
+]
+DETECTED_CLASSES = [
+    ["class", "boxes", "AP@0.5", "AP (COCO)", "precision", "recall", "F1"],
+    ["cat", "12", "75.00 %", "50.00 %", "87.50 %", "80.00 %", "83.58 %"],
+    ["dog", "5", "50.00 %", "25.00 %", "62.50 %", "60.00 %", "61.22 %"],
+    ["newt", "0", "-", "-", "0.00 %", "0.00 %", "0.00 %"],
+]
+SEGMENTED = [
+    ["", "torch", "bundle"],
+    ["mean IoU", "65.51 %", "65.51 %"],
+    ["pixel accuracy", "93.75 %", "93.75 %"],
+    ["agreement with torch", "100.00 %", "99.99 %"],
+    ["images/s", "9.5", "9.5"],
+]
+SEGMENTED_CLASSES = [
+    ["class", "pixels", "IoU", "precision", "recall", "F1", "most often taken for"],
+    ["cat", "95.00 %", "93.51 %", "98.63 %", "94.74 %", "96.65 %", "dog (5.26 %)"],
+    ["dog", "5.00 %", "37.50 %", "42.86 %", "75.00 %", "54.55 %", "cat (25.00 %)"],
+    ["newt", "0.00 %", "-", "0.00 %", "0.00 %", "0.00 %", "-"],
+]
+
+
+def test_tables_of_a_detection() -> None:
+    assert cells(report.metrics_table(detection())) == DETECTED
+    assert cells(report.per_class_table(detection())) == DETECTED_CLASSES
+    assert printed(report.metrics_table(detection())).startswith("87 validation images")
+    assert report.markdown_metrics(detection()).splitlines()[2] == "| mAP@0.5 | 62.50 % | 62.50 % | 61.23 % |"
+
+
+def test_tables_of_a_segmentation() -> None:
+    assert cells(report.metrics_table(segmentation())) == SEGMENTED
+    assert cells(report.per_class_table(segmentation())) == SEGMENTED_CLASSES
+    assert printed(report.metrics_table(segmentation())).startswith("72 test images")
+    assert [column.justify for column in report.per_class_table(segmentation()).columns][-2:] == ["right", "left"]
+
+
+def test_the_tables_of_classes_fit_into_80_characters() -> None:
+    names = ("background", "scratch", "discoloured")
+    for evaluated in (detection((), names), segmentation((), names)):
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(report.per_class_table(evaluated))
+        lines = [line for line in capture.get().splitlines() if line.strip()]
+        assert len(lines) == 5 and max(map(len, lines)) <= 80, "a header, a rule, a line a class"
+
+
+def test_a_segmentation_without_labelled_pixels_has_tables_too() -> None:
+    empty = segmentation()
+    for row in empty["columns"]["torch"]["per_class"]:
+        row |= {"pixels": 0, "iou": None}
+    empty["columns"]["torch"]["confusion"] = [[0] * 3] * 3
+    assert [row[1:3] for row in cells(report.per_class_table(empty))[1:]] == [["0.00 %", "-"]] * 3
+
+
+@pytest.mark.parametrize("names", [NAMES, HOSTILE])
+def test_class_names_of_every_task_are_text(names: tuple[str, ...]) -> None:
+    for evaluated in (metrics(names), detection((), names), segmentation((), names)):
+        assert [row[0] for row in cells(report.per_class_table(evaluated))[1:]] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "columns", "sentence"),
+    [
+        (metrics(), 3, "The bundle gives the trained network's answer on 9 of 10 validation images."),
+        (metrics(), 2, "The exported model gives the trained network's answer on 10 of 10 validation images."),
+        (metrics() | {"subset": "test"}, 1, "The trained network is right on 70.00 % of 10 test images."),
+        (detection(), 3, "The bundle's boxes agree with the trained network's to 99.80 % on 87 validation images."),
+        (detection(), 1, "The trained network has a mAP@0.5 of 62.50 % on 87 validation images."),
+        (segmentation(), 2, "The bundle gives the trained network's class to 99.99 % of the pixels of 72 test images."),
+        (segmentation(), 1, "The trained network has a mean IoU of 65.51 % on 72 test images."),
+    ],
+)
+def test_the_first_sentence_is_of_the_last_column(evaluated: dict[str, Any], columns: int, sentence: str) -> None:
+    kept = dict(list(evaluated["columns"].items())[:columns])
+    assert evaluation.verdict({**evaluated, "columns": kept}) == sentence
+
+
+@pytest.mark.parametrize(
+    ("metric", "agrees"),
+    [
+        ("top-1", "share of images with fp32's answer"),
+        ("mAP@0.5", "share of boxes that fp32 has too"),
+        ("mean IoU", "share of pixels with fp32's class"),
+    ],
+)
+def test_quantize_table_says_what_agrees_by_the_metric(metric: str, agrees: str) -> None:
+    table = report.quantize_table(quantize_record(engines=1) | {"metric": metric})
+    assert f"agrees: {agrees}; ms:" in str(table.caption) and cells(table)[0][3] == metric
+
+
 def test_class_names_are_not_read_as_markup() -> None:
     text = printed(report.per_class_table(metrics(HOSTILE)))
     assert HOSTILE[2] in text.replace("\n", "")
@@ -234,14 +349,14 @@ def test_an_engines_text_is_not_read_as_markup() -> None:
     ("drop", "shown"), [(0.0, "0.00"), (-0.001, "0.00"), (-0.12, "-0.12"), (0.24, "0.24"), (64.125, "64.12")]
 )
 def test_points_are_of_what_was_lost(drop: float, shown: str) -> None:
-    assert report._points(drop) == shown
+    assert figures.points(drop) == shown
 
 
 @pytest.mark.parametrize(
     ("ms", "shown"), [(None, "-"), (0.912, "0.912"), (9.994, "9.99"), (9.996, "10.0"), (105.25, "105")]
 )
 def test_milliseconds(ms: float | None, shown: str) -> None:
-    assert report._ms(ms) == shown
+    assert figures.milliseconds(ms) == shown
 
 
 SEARCHED = [
@@ -300,6 +415,10 @@ def test_demo_table() -> None:
         ["median latency, one image", "-", "-", "1.23 ms"],
     ]
     assert str(table.caption) == "latency: OpenCV 5.0.0, new engine, 2 threads, Some CPU"
+    sizes = dict.fromkeys(("torch", "onnx", "bundle"), 13_600_000)
+    for evaluated, figure in ((detection(), "mAP@0.5"), (segmentation(), "mean IoU")):
+        rows = cells(report.demo_table(evaluated, sizes, latency))
+        assert [row[0] for row in rows] == ["", figure, "agreement with torch", "size", "median latency, one image"]
 
 
 WIDE, NARROW = 200, 60
@@ -374,7 +493,7 @@ def test_backbones_table_fits(width: int, timings: dict[str, Timing]) -> None:
     ],
 )
 def test_backbones_table_counts_in_millions(count: int, shown: str) -> None:
-    assert report._millions(count) == shown
+    assert figures.millions(count) == shown
 
 
 def latency_run(**changes: Any) -> LatencyRun:
@@ -488,6 +607,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.addresses: list[str] = []
+        self.alts: list[str] = []
         self.title = self.header = ""
         self.text: dict[str, str] = {}
         self.tables: dict[str, list[list[str]]] = {}
@@ -498,6 +618,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.addresses += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action", "data")]
+        self.alts += [value or "" for key, value in attrs if key == "alt"]
         if tag not in ("meta", "img", "source"):
             self._open.append(tag)
         if tag == "section":
@@ -618,8 +739,7 @@ def test_the_page_needs_nothing_else(run: RunFolder) -> None:
     assert {"script", "link", "iframe", "object", "base"}.isdisjoint(page.tags)
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert "://" not in html and "url(" not in html and "@import" not in html
-    ids = {f"#{name}" for name in page.text}
-    assert {address for address in page.addresses if address.startswith("#")} <= ids
+    assert ["summary", *links(page)] == list(page.text)
 
 
 def test_the_pages_pictures_come_in_both_themes(run: RunFolder) -> None:
@@ -633,9 +753,119 @@ def test_the_pages_pictures_come_in_both_themes(run: RunFolder) -> None:
     assert images[4].shape == (96, 96, 3) and np.abs(images[4].astype(int) - (0, 0, 255)).max() < 12
     assert [image.shape for image in images[5:]] == [
         runner.decode(picture(quantize_record(engines=2), theme)).shape
-        for picture in (pictures.quantization_picture, pictures.sensitivity_picture)
+        for picture in (quantization_pictures.quantization_picture, quantization_pictures.sensitivity_picture)
         for theme in ("dark", "light")
     ]
+
+
+def detect_run(folder: Path, names: tuple[str, ...] = NAMES) -> RunFolder:
+    """The same run folder, of a detection with two mistakes: the photo of the second is gone."""
+    run = make_run(folder, names)
+    photo = solid(folder / "photos" / "a.png", PHOTO, height=40, width=80)
+    mistakes = [detect_mistake(path, names) for path in (photo, folder / "gone.png")]
+    write_json(run.metrics, detection(mistakes, names))
+    write_text(run.history, HISTORY.replace("top-1", "mAP@0.5"))
+    return run
+
+
+def segment_run(folder: Path, names: tuple[str, ...] = NAMES) -> RunFolder:
+    """The same run folder, of a segmentation with two mistakes: the mask of the second is gone."""
+    run = make_run(folder, names)
+    photo = solid(folder / "photos" / "a.png", PHOTO)
+    found = np.zeros((40, 40), np.uint8)
+    found[10:30, 10:25] = 1
+    mask = grey_png(folder / "masks" / "a.png", 100 * np.roll(found, 5, axis=1))
+    mistakes = [segment_mistake(photo, path, found, names) for path in (mask, folder / "gone.png")]
+    write_json(run.metrics, segmentation(mistakes, names))
+    write_text(run.history, HISTORY.replace("top-1", "mean IoU"))
+    return run
+
+
+PHOTO = (90, 110, 130)
+
+
+def links(page: Page) -> list[str]:
+    """The sections that the page leads to, in order."""
+    return [address[1:] for address in page.addresses if address.startswith("#")]
+
+
+def drawn_share(page: Page, size: tuple[int, int]) -> float:
+    """Of the page's only drawn mistake, of `size` (height, width): the share of it that is not the plain photo."""
+    (address,) = [address for address in page.addresses if address.startswith("data:image/jpeg")]
+    image = runner.decode(base64.b64decode(address.split(",", 1)[1])).astype(int)
+    assert image.shape[:2] == size
+    return float((np.abs(image - PHOTO).max(axis=2) > 40).mean())
+
+
+def test_the_page_of_a_detection(tmp_path: Path) -> None:
+    page = page_of(detect_run(tmp_path / "cells"))
+    assert page.headings[4:6] == ["Precision and recall", "Worst mistakes"] and "confusion" not in page.text
+    assert page.tables["metrics"] == DETECTED and page.tables["classes"] == DETECTED_CLASSES
+    assert "The bundle's boxes agree with the trained network's to 99.80 % on 87 validation images." in page.header
+    assert "62.50 %mAP@0.5, torch 62.50 %mAP@0.5, onnx 61.23 %mAP@0.5, bundle 87val images" in page.section("summary")
+    assert "Each column answers for the same 87 validation images. Agreement is the share of boxes" in page.section(
+        "metrics"
+    )
+    assert "a score of at least 0.42, where F1 over all classes is best" in page.section("classes")
+    assert page.section("mistakes").startswith(
+        "Worst mistakes 2 missed, 1 falsemissed: cat, dogfalse: newtphotos/a.png "
+        "the image is not there any more 2 missed, 1 falsemissed: cat, dogfalse: newtcells/gone.png Dashed: true boxes"
+    )
+    assert "solid: the answers with a score of at least 0.42." in page.section("mistakes")
+    assert page.alts[:3] == [
+        "Training and validation loss, and validation mAP@0.5, by epoch",
+        "Precision against recall at an IoU of 0.5, a line a class",
+        "photos/a.png: true boxes and answers, 2 missed, 1 false",
+    ]
+    assert ["summary", *links(page)] == list(page.text)
+    assert 0.05 < drawn_share(page, (240, 480)) < 0.3, "lines"
+
+
+def test_the_page_of_a_segmentation(tmp_path: Path) -> None:
+    page = page_of(segment_run(tmp_path / "tiles"))
+    assert page.headings[4:6] == ["Confusion matrix", "Worst mistakes"] and "precision" not in page.text
+    assert page.tables["metrics"] == SEGMENTED and page.tables["classes"] == SEGMENTED_CLASSES
+    assert "The bundle gives the trained network's class to 99.99 % of the pixels of 72 test images." in page.header
+    assert "65.51 %mean IoU, torch 65.51 %mean IoU, bundle 72test images" in page.section("summary")
+    assert "Agreement is the share of their pixels with torch's class." in page.section("metrics")
+    assert page.section("mistakes").startswith(
+        "Worst mistakes IoU 0.43photos/a.png the image is not there any more IoU 0.43photos/a.png A line runs around"
+    )
+    assert page.section("mistakes").endswith("dog newt"), "the colours' classes: all but the first"
+    assert page.alts[:3] == [
+        "Training and validation loss, and validation mean IoU, by epoch",
+        "Confusion matrix of the pixels: true classes in rows, predicted classes in columns",
+        "photos/a.png: true region and answer, IoU 0.43",
+    ]
+    assert ["summary", *links(page)] == list(page.text)
+    assert 0.15 < drawn_share(page, (480, 480)) < 0.3, "the answer is 300 of 1600 pixels, and there is a line"
+
+
+@pytest.mark.parametrize("make", [detect_run, segment_run])
+def test_hostile_names_of_every_task_are_text(tmp_path: Path, make: Callable[..., RunFolder]) -> None:
+    plain = page_of(make(tmp_path / "plain"))
+    page = page_of(make(tmp_path / "<b>bold & run", HOSTILE))
+    assert page.tags == plain.tags, "no tag is a class name's"
+    assert [row[0] for row in page.tables["classes"][1:]] == list(HOSTILE)
+    assert HOSTILE[2] in page.section("mistakes")
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "text"),
+    [(detection(), "every box is found, none is false."), (segmentation(), "every pixel of the test images is right.")],
+)
+def test_a_run_without_mistakes_of_every_task(run: RunFolder, evaluated: dict[str, Any], text: str) -> None:
+    write_json(run.metrics, evaluated)
+    assert page_of(run).section("mistakes") == f"Worst mistakes None: {text}"
+
+
+def test_a_detection_that_is_not_evaluated_yet_has_its_own_sections(run: RunFolder) -> None:
+    run.metrics.unlink()
+    recipe = make_recipe({"name": "cells", "task": "detect", "data": {"path": "cells"}})
+    write_text(run.recipe, to_toml(recipe))
+    page = page_of(run)
+    assert page.section("precision").endswith(f"Make it with edgekit evaluate {run.path}.")
+    assert "confusion" not in page.text and "#precision" in page.addresses
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -752,8 +982,8 @@ def test_read_quantization_keeps_what_is_shown(tmp_path: Path, variants: tuple[s
     write_json(tmp_path / "quantize.json", record)
     read = report.read_quantization(tmp_path / "quantize.json")
     assert cells(report.quantize_table(read)) == cells(report.quantize_table(record))
-    assert pictures.quantization_picture(read) == pictures.quantization_picture(record)
-    assert pictures.sensitivity_picture(read) == pictures.sensitivity_picture(record)
+    assert quantization_pictures.quantization_picture(read) == quantization_pictures.quantization_picture(record)
+    assert quantization_pictures.sensitivity_picture(read) == quantization_pictures.sensitivity_picture(record)
 
 
 def of_a_figure(**changes: Any) -> dict[str, Any]:
@@ -800,11 +1030,62 @@ def of_fewer_classes() -> dict[str, Any]:
     return {**metrics(), "class_names": ["cat", "dog"]}
 
 
+def changed(evaluated: dict[str, Any], **figures: Any) -> str:
+    """metrics.json with other figures of torch."""
+    evaluated["columns"] = {"torch": {**evaluated["columns"]["torch"], **figures}}
+    return json.dumps(evaluated)
+
+
+def with_mistake(evaluated: dict[str, Any], made: dict[str, Any], **changes: Any) -> str:
+    return json.dumps({**evaluated, "mistakes": [{**made, **changes}]})
+
+
+FOUND = np.zeros((4, 5), np.uint8)
+MISSED = detect_mistake(Path("a.png"))
+TORN = segment_mistake(Path("a.png"), Path("b.png"), FOUND)
+SHORT = [{**TORN["answers"][0], "mask": {"size": [4, 5], "counts": [0, 19]}}]
+OF_AN_OTHER = (
+    (changed(detection(), map50=1.01), r"\(columns\.torch\.map50: Input should be less than or equal to 1\)"),
+    (changed(detection(), best_f1_score=None), r"best_f1_score: Input should be a valid number"),
+    (changed(detection(), pr_curves={"cat": [1.0] * 100}), r"pr_curves\.cat: Tuple should have at least 101 items"),
+    (changed(detection(), pr_curves={"cat": [float("nan")] * 101}), r"pr_curves\.cat\.0: "),
+    (changed(detection(), per_class=[]), r"the figures of torch are not those of 3 classes"),
+    (json.dumps({**detection(), "task": "segment"}), r"columns\.torch\.mean_iou: Field required"),
+    (json.dumps({**detection(), "subset": "train"}), r"subset: Input should be 'val' or 'test'"),
+    (
+        with_mistake(detection(), MISSED, truth=[box("cat", 1, 2, 3)]),
+        r"truth\.0\.box\.3: Field required",
+    ),
+    (with_mistake(detection(), MISSED, answers=[box("cat", 1, 2, 3, 4)]), r"answers\.0\.score: Field required"),
+    (changed(segmentation(), mean_iou=float("inf")), r"mean_iou: "),
+    (changed(segmentation(), confusion=[[1, 2, 3]] * 2), r"the figures of torch are not those of 3 classes"),
+    (with_mistake(segmentation(), TORN, levels=[0, 256]), r"levels\.1: Input should be less than or equal to 255"),
+    (with_mistake(segmentation(), TORN, answers=SHORT), r"the mask's runs are not those of 5x4 pixels"),
+)
+
+
+@pytest.mark.parametrize(("text", "message"), OF_AN_OTHER)
+def test_metrics_of_another_version_are_a_message(run: RunFolder, text: str, message: str) -> None:
+    run.metrics.write_text(text, encoding="utf-8")
+    with pytest.raises(
+        ArtifactError, match=rf"metrics\.json is not as this edgekit writes it .*{message}.*make it again"
+    ):
+        report.write_report(run)
+
+
+def test_a_history_of_before_is_a_message(run: RunFolder) -> None:
+    run.history.write_text(HISTORY.replace("metric,val_metric", "val_top1").replace("top-1,", ""), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"history\.csv is not as .* \(metric: Field required\)"):
+        report.write_report(run)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
         ("metrics.json", "{", "is damaged"),
-        ("metrics.json", "{}", r"is not as this edgekit writes it \(images: Field required\): make it again"),
+        ("metrics.json", "{}", r"is not as this edgekit writes it \(task: Field required\): make it again"),
+        ("metrics.json", '{"task": "pose"}', r"\(task: Input should be 'classify', 'detect' or 'segment'\)"),
+        ("metrics.json", '{"task": "detect"}', r"\(subset: Field required\): make it again"),
         ("metrics.json", json.dumps(without_torch()), r"\(no column for torch\)"),
         ("metrics.json", json.dumps(of_fewer_classes()), r"\(the figures of torch are not those of 2 classes\)"),
         (
