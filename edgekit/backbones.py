@@ -20,7 +20,7 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -209,11 +209,16 @@ def build(name: str, class_count: int, *, pretrained: bool, weights: Path | None
     """
     library, architecture = _resolve(name)
     model = _create(library, architecture, class_count)
+    _start(model, name, pretrained=pretrained, weights=weights)
+    return model
+
+
+def _start(model: nn.Module, name: str, *, pretrained: bool, weights: Path | None) -> None:
+    """Fills in what the backbone starts from."""
     if weights is not None:
         _load(model, read_weights(weights), origin=str(weights), name=name)
     elif pretrained:
-        _load(model, _published_weights(library, architecture, model), origin="the published weights", name=name)
-    return model
+        _load(model, _published_weights(*_resolve(name), model), origin="the published weights", name=name)
 
 
 def _create(library: str, architecture: str, class_count: int) -> nn.Module:
@@ -438,6 +443,67 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d)))[-1:]
 
 
+def trunk(name: str, strides: Sequence[int], *, pretrained: bool, weights: Path | None) -> nn.Module:
+    """The backbone without its classifier, for networks that look at its `feature_maps`; weights as for `build`.
+
+    What is left has the names that it has in the whole network, and `stages` lists it in order. strides: input pixels
+    from cell to cell of the maps that will be asked for; what comes after the last of them is left out.
+
+    Raises ConfigError for an unknown name, weights that are not this architecture's, or a backbone that has no such
+    maps (timm's convolutional ones have), and SetupError where the weights cannot be had.
+    """
+    library, architecture = _resolve(name)
+    if library != "timm":
+        raise ConfigError(
+            f"{name} is torchvision's, and only timm's backbones give the feature maps that detection and segmentation "
+            f"need: take one of timm's ({', '.join(BACKBONES)})"
+        )
+    model: Any = _create(library, architecture, 1)
+    strides_here = _reductions(model)
+    if not set(strides) <= set(strides_here) or not hasattr(model, "prune_intermediate_layers"):
+        raise ConfigError(
+            f"{name} has no feature maps of {_listed(strides)} pixels a cell (it has: {_listed(strides_here)}): "
+            f"choose another backbone ({', '.join(BACKBONES)})"
+        )
+    _start(model, name, pretrained=pretrained, weights=weights)
+    model.prune_intermediate_layers(_indices(model, strides), prune_norm=True, prune_head=True)
+    return cast("nn.Module", model)
+
+
+def feature_maps(model: nn.Module, images: Tensor, strides: Sequence[int]) -> list[Tensor]:
+    """A trunk's maps for float32 (N, 3, h, w): for each stride s float32 (N, channels, h/s, w/s), in their order."""
+    maps: list[Tensor] = cast("Any", model).forward_intermediates(
+        images, indices=_indices(model, strides), stop_early=True, intermediates_only=True
+    )
+    return maps
+
+
+def feature_channels(model: nn.Module, strides: Sequence[int]) -> list[int]:
+    """How many channels each of a trunk's feature maps has."""
+    infos = _feature_infos(model)
+    return [int(infos[index]["num_chs"]) for index in _indices(model, strides)]
+
+
+def _feature_infos(model: nn.Module) -> list[dict[str, Any]]:
+    """timm's notes on the maps that a network can give, from the finest to the coarsest."""
+    found: Any = getattr(model, "feature_info", ())
+    return list(getattr(found, "info", found))
+
+
+def _reductions(model: nn.Module) -> list[int]:
+    return [int(info["reduction"]) for info in _feature_infos(model)]
+
+
+def _indices(model: nn.Module, strides: Sequence[int]) -> list[int]:
+    """Of each stride the last map that has it: the one that saw most."""
+    reductions = _reductions(model)
+    return [max(index for index, reduction in enumerate(reductions) if reduction == stride) for stride in strides]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
+
+
 def head(model: nn.Module) -> nn.Module:
     """The top-level part that holds the classifier, with the layers beside it; what is trained first."""
     from torch import nn
@@ -485,18 +551,34 @@ def _has_parameters(parameters: Iterable[Tensor]) -> bool:
 # The input
 
 
-def default_spec(
-    name: str, class_names: tuple[str, ...], *, input_size: tuple[int, int] | None, resize: str, interpolation: str
-) -> Spec:
-    """What the backbone's published weights were trained on, at input_size (height, width) or their own size.
+COARSEST = 32  # pixels of the input from cell to cell of the coarsest map that detection and segmentation look at
+DETECT_STRIDES = (8, 16, 32)
+# Smaller than what such networks are published at, and near what the backbones' own weights have seen.
+_DEFAULT_SIZES = {"detect": (320, 320), "segment": (256, 256)}
 
-    Raises ConfigError for an unknown name, or a size that the backbone cannot take.
+
+def default_spec(
+    name: str,
+    class_names: tuple[str, ...],
+    *,
+    task: str = "classify",
+    input_size: tuple[int, int] | None,
+    resize: str,
+    interpolation: str,
+    score_threshold: float = 0.0,
+    iou_threshold: float = 0.0,
+) -> Spec:
+    """What the backbone's published weights were trained on, at input_size (height, width) or the task's usual size.
+
+    That is of "classify" the weights' own. score_threshold and iou_threshold: of "detect" only. Raises ConfigError for
+    an unknown name, or a size that the backbone or the task cannot take.
     """
     from edgekit.runner import Spec
 
     library, architecture = _resolve(name)
     expected = _timm_input(architecture) if library == "timm" else _torchvision_input(architecture)
-    size = input_size or expected.size
+    usual = expected.size if expected.is_fixed else _DEFAULT_SIZES.get(task, expected.size)
+    size = input_size or usual
     if expected.is_fixed and size != expected.size:
         raise ConfigError(
             f"{name} takes images of {_by(expected.size)} only, not {_by(size)}: leave input_size out, or choose "
@@ -504,8 +586,10 @@ def default_spec(
         )
     if size[0] < expected.minimum[0] or size[1] < expected.minimum[1]:
         raise ConfigError(f"{name} needs images of {_by(expected.minimum)} or more, not {_by(size)}")
-    return Spec(
-        task="classify",
+    if task != "classify":
+        _require_whole_cells(task, size)
+    spec = Spec(
+        task=task,
         input_size=size,
         resize=resize,
         interpolation=interpolation,
@@ -514,6 +598,19 @@ def default_spec(
         std_255=_to_255(expected.std),
         class_names=class_names,
     )
+    if task != "detect":
+        return spec
+    return replace(spec, strides=DETECT_STRIDES, score_threshold=score_threshold, iou_threshold=iou_threshold)
+
+
+def _require_whole_cells(task: str, size: tuple[int, int]) -> None:
+    """Raises ConfigError, with the sizes next to it, where the coarsest map would not cover the input exactly."""
+    if not any(side % COARSEST for side in size):
+        return
+    below = [max(COARSEST, side // COARSEST * COARSEST) for side in size]
+    above = [-(-side // COARSEST) * COARSEST for side in size]
+    nearest = " or ".join(dict.fromkeys(_by((height, width)) for height, width in (below, above)))
+    raise ConfigError(f"{task} needs sides that are multiples of {COARSEST} pixels, not {_by(size)}: take {nearest}")
 
 
 @dataclass(frozen=True)

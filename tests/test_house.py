@@ -62,7 +62,7 @@ NOUNS = {
     "yolo_files",
 }
 STAGES = {"finetune", "evaluate", "export", "verify", "quantize", "bundle", "bench", "compare"}
-TASKS = {"tasks", "tasks.classify"}
+TASKS = {"tasks", "tasks.classify", "tasks.detect", "tasks.pyramid", "tasks.segment"}
 
 # What each module may import from edgekit, beside itself. "" is edgekit/__init__.py (the version).
 ALLOWED = {
@@ -125,6 +125,9 @@ ALLOWED = {
     "workload": LAYER_0 | {"artifacts", "launch"},
     "tasks": RECORDS | NOUNS | TASKS,
     "tasks.classify": RECORDS | NOUNS,
+    "tasks.detect": RECORDS | NOUNS | {"tasks.pyramid"},
+    "tasks.segment": RECORDS | NOUNS | {"tasks.pyramid"},
+    "tasks.pyramid": RECORDS | NOUNS,
     "pipeline": STAGES | NOUNS | LAYER_0,
     "cli": STAGES | NOUNS | LAYER_0 | {"", "pipeline", "cli_latency", "lowering", "int8"},
     "lowering": LAYER_0 | {"lowering"},

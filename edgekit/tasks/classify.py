@@ -20,6 +20,11 @@ from torchmetrics.functional.classification import (
 
 from edgekit import backbones, runner
 from edgekit.recipe import Recipe
+from edgekit.samples import Sample
+
+OUTPUTS = ("logits",)
+METRIC = "top-1"
+ANSWERS: dict[str, Any] = {"top_k": 0}
 
 
 @dataclass(frozen=True)
@@ -81,38 +86,42 @@ def _start_small(classifier: torch.nn.Module) -> None:
                 torch.nn.init.zeros_(layer.bias)
 
 
+def trunk(model: torch.nn.Module) -> torch.nn.Module:
+    """The network that `backbones.stages` opens: the whole of it."""
+    return model
+
+
 def head(model: torch.nn.Module) -> torch.nn.Module:
     """The last layer, new for these classes."""
     return backbones.head(model)
 
 
-def loss(outputs: torch.Tensor, labels: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Logits (N, C) and class ids (N,) → cross-entropy with label smoothing (Szegedy et al., arXiv:1512.00567)."""
-    return F.cross_entropy(outputs.float(), labels, label_smoothing=recipe.train.label_smoothing)
+def loss(outputs: torch.Tensor, labels: np.ndarray, recipe: Recipe) -> torch.Tensor:
+    """Logits (N, C), class ids int64 (N,) → cross-entropy with label smoothing (Szegedy et al., arXiv:1512.00567)."""
+    truth = torch.from_numpy(labels).to(outputs.device)
+    return F.cross_entropy(outputs.float(), truth, label_smoothing=recipe.train.label_smoothing)
 
 
-METRIC = "top-1"
+def metric(answers: Sequence[runner.Results], samples: Sequence[Sample]) -> float:
+    """Answers and the truth → the figure that an accuracy guard looks at, 0..1: top-1."""
+    return float((_best(answers) == _labels(samples)).mean())
 
 
-def metric(outputs: runner.Outputs, labels: np.ndarray) -> float:
-    """{"logits": (N, C)} and class ids (N,) → the figure that an accuracy guard looks at, 0..1: top-1."""
-    return float((outputs["logits"].argmax(axis=1) == labels).mean())
-
-
-def agreement(outputs: runner.Outputs, others: runner.Outputs) -> float:
+def agreement(answers: Sequence[runner.Results], others: Sequence[runner.Results], _: runner.Spec) -> float:
     """The share of images, 0..1, on which two networks give the same best answer."""
-    return float((outputs["logits"].argmax(axis=1) == others["logits"].argmax(axis=1)).mean())
+    return float((_best(answers) == _best(others)).mean())
 
 
-def metrics(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Metrics:
-    """Scores (N, C) and class ids (N,) → the figures. A class that is never predicted has precision 0.
+def metrics(answers: Sequence[runner.Results], samples: Sequence[Sample], class_names: Sequence[str]) -> Metrics:
+    """Answers of all classes and the truth, in the same order → the figures.
 
-    Raises ValueError when there are no images.
+    A class that is never predicted has precision 0. Raises ValueError when there are no images.
     """
-    if len(labels) == 0:
+    if not samples:
         raise ValueError("no images to measure")
     count = len(class_names)
-    predicted, true = torch.from_numpy(scores).argmax(dim=1), torch.from_numpy(labels)
+    scores = torch.from_numpy(_scores(answers, count))
+    predicted, true = torch.from_numpy(_best(answers)), torch.from_numpy(_labels(samples))
     each: dict[str, Any] = {"num_classes": count, "average": "none", "zero_division": 0}
     precision = multiclass_precision(predicted, true, **each)
     recall = multiclass_recall(predicted, true, **each)
@@ -121,7 +130,7 @@ def metrics(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) 
     support = confusion.sum(dim=1)
     top5 = None
     if count > 5:
-        top5 = float(multiclass_accuracy(torch.from_numpy(scores), true, num_classes=count, average="micro", top_k=5))
+        top5 = float(multiclass_accuracy(scores, true, num_classes=count, average="micro", top_k=5))
     return Metrics(
         top1=float((predicted == true).double().mean()),
         top5=top5,
@@ -135,15 +144,15 @@ def metrics(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) 
 
 
 def mistakes(
-    scores: np.ndarray, labels: np.ndarray, paths: Sequence[Path], class_names: Sequence[str], limit: int = 24
+    answers: Sequence[runner.Results], samples: Sequence[Sample], class_names: Sequence[str], limit: int = 24
 ) -> tuple[Mistake, ...]:
-    """The wrong answers, the most confident first. scores (N, C) in 0..1, labels (N,)."""
-    predicted = scores.argmax(axis=1)
+    """The wrong answers, the most confident first."""
+    scores, predicted, labels = _scores(answers, len(class_names)), _best(answers), _labels(samples)
     wrong = [int(i) for i in np.flatnonzero(predicted != labels)]
-    wrong.sort(key=lambda i: (-scores[i, predicted[i]], str(paths[i])))
+    wrong.sort(key=lambda i: (-scores[i, predicted[i]], str(samples[i].path)))
     return tuple(
         Mistake(
-            path=str(paths[i]),
+            path=str(samples[i].path),
             label=class_names[labels[i]],
             predicted=class_names[predicted[i]],
             score=float(scores[i, predicted[i]]),
@@ -151,3 +160,19 @@ def mistakes(
         )
         for i in wrong[:limit]
     )
+
+
+def _labels(samples: Sequence[Sample]) -> np.ndarray:
+    return np.array([sample.label for sample in samples], np.int64)
+
+
+def _best(answers: Sequence[runner.Results]) -> np.ndarray:
+    return np.array([results[0]["class_id"] for results in answers], np.int64)
+
+
+def _scores(answers: Sequence[runner.Results], class_count: int) -> np.ndarray:
+    """float64 (N, C); 0 for a class that an image has no answer of."""
+    scores = np.zeros((len(answers), class_count))
+    for row, results in zip(scores, answers, strict=True):
+        row[[each["class_id"] for each in results]] = [each["score"] for each in results]
+    return scores

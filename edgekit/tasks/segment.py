@@ -1,0 +1,255 @@
+"""Segmentation: a class a pixel.
+
+The pyramid's maps are added up at its finest level (Kirillov et al., Panoptic FPN's semantic branch, arXiv:1901.02446),
+and a small head says of each 4x4 pixels which class they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from edgekit import backbones, runner
+from edgekit.recipe import Recipe
+from edgekit.samples import VOID, Mask, Sample, read_mask
+from edgekit.tasks import pyramid
+
+OUTPUTS = ("logits",)
+METRIC = "mean IoU"
+ANSWERS: dict[str, Any] = {}
+
+STRIDES = (4, 8, 16, 32)
+WIDTH = 64  # channels of the pyramid; a map at stride 4 has four times the cells of detection's finest one
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class Segmenter(nn.Module):
+    """float32 (N, 3, h, w), sides multiples of 32 → logits float32 (N, C, h/4, w/4)."""
+
+    def __init__(self, trunk: nn.Module, class_count: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = Head(backbones.feature_channels(trunk, STRIDES), class_count)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(backbones.feature_maps(self.trunk, images, STRIDES))
+        return logits
+
+
+class Head(nn.Module):
+    """The trunk's maps → the logits."""
+
+    def __init__(self, channels: Sequence[int], class_count: int) -> None:
+        super().__init__()
+        self.pyramid = pyramid.Pyramid(channels, WIDTH)
+        self.classes = nn.Sequential(
+            pyramid.separable(WIDTH, WIDTH), pyramid.separable(WIDTH, WIDTH), pyramid.last(WIDTH, class_count, 0.0)
+        )
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        finest_last = self.pyramid(maps)[::-1]
+        merged = finest_last[0]
+        for finer in finest_last[1:]:  # doubling step by step is the same as enlarging each at once, and cheaper
+            merged = finer + pyramid.double(merged)
+        logits: torch.Tensor = self.classes(merged)
+        return logits
+
+
+def build(recipe: Recipe, class_names: Sequence[str], *, pretrained: bool) -> nn.Module:
+    """The recipe's backbone with a new segmentation head: see Segmenter.
+
+    pretrained=False leaves the recipe's weights aside (they are about to be loaded from elsewhere).
+    """
+    return Segmenter(pyramid.trunk(recipe, STRIDES, pretrained=pretrained), len(class_names))
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The backbone inside."""
+    return cast("Segmenter", model).trunk
+
+
+def head(model: nn.Module) -> nn.Module:
+    """All that is new: the pyramid and what follows it."""
+    return cast("Segmenter", model).head
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def loss(outputs: torch.Tensor, labels: np.ndarray, recipe: Recipe) -> torch.Tensor:
+    """Logits (N, C, h/k, w/k) and class maps uint8 (N, h, w) → cross-entropy, plus one minus the soft Dice score.
+
+    The logits are enlarged to the labels' size first, as the runner does: shrunken labels would lose what is thinner
+    than a cell, and the edges are then learnt where they will be cut. Of the pixels that are not VOID.
+
+    A class that has few pixels has little of the cross-entropy, and as much of the Dice score as any other one: it is
+    the mean over the classes that are there (Milletari et al., arXiv:1606.04797), each over the whole batch, so that an
+    image that shows a few pixels of a class does not count like one that shows it well.
+    """
+    truth = torch.from_numpy(labels).to(outputs.device).long()
+    logits = F.interpolate(outputs.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
+    known = truth != VOID
+    cross_entropy = F.cross_entropy(
+        logits, truth, ignore_index=VOID, label_smoothing=recipe.train.label_smoothing, reduction="sum"
+    )
+    return cross_entropy / known.sum().clamp(min=1) + _dice_loss(logits, truth, known)
+
+
+def _dice_loss(logits: torch.Tensor, truth: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """0..1; 0 where no pixel is known. logits: (N, C, h, w); truth: int64 (N, h, w); known: bool (N, h, w)."""
+    classes = logits.shape[1]
+    shares = logits.softmax(dim=1) * known[:, None]
+    own = shares.gather(1, truth.where(known, 0)[:, None]).flatten()
+    ids = truth.where(known, classes).flatten()  # unknown pixels: a class of their own, left out below
+    pixels = torch.bincount(ids, minlength=classes + 1)[:classes]
+    right = torch.zeros(classes + 1, device=logits.device).index_add(0, ids, own)[:classes]
+    dice = 2 * right / (shares.sum(dim=(0, 2, 3)) + pixels).clamp(min=1)
+    there = pixels > 0
+    return ((1 - dice) * there).sum() / there.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+@dataclass(frozen=True)
+class ClassMetrics:
+    """One class's share, 0..1, over the pixels of all images; F1 is also called the Dice score."""
+
+    label: str
+    pixels: int  # that truly are of it
+    iou: float
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of one set of answers, over the pixels of all images at the photos' size; VOID ones are left out."""
+
+    mean_iou: float  # 0..1, over the classes that occur in the truth or in the answers
+    pixel_accuracy: float  # 0..1
+    per_class: tuple[ClassMetrics, ...]
+    confusion: tuple[tuple[int, ...], ...]  # [true][predicted], pixels
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image whose class map is not all right."""
+
+    path: str
+    iou: float  # 0..1, mean over the classes in its truth or its answers
+    mask: str  # path of the truth
+    answers: tuple[dict[str, Any], ...]  # plain
+
+
+def metric(answers: Sequence[runner.Results], samples: Sequence[Sample]) -> float:
+    """Plain answers and the truth → the figure that an accuracy guard looks at, 0..1: the mean IoU."""
+    return _mean_iou(_confusion(answers, samples, VOID))  # a class map has no more classes than that
+
+
+def metrics(answers: Sequence[runner.Results], samples: Sequence[Sample], class_names: Sequence[str]) -> Metrics:
+    """Plain answers of all classes and the truth, in the same order → the figures; 0 where there is nothing to count.
+
+    Raises ValueError when there are no images.
+    """
+    if not samples:
+        raise ValueError("no images to measure")
+    count = len(class_names)
+    table = _confusion(answers, samples, count)
+    true, right, predicted = table.sum(axis=1), table.diagonal(), table.sum(axis=0)[:-1]
+    return Metrics(
+        mean_iou=_mean_iou(table),
+        pixel_accuracy=_share(right.sum(), table.sum()),
+        per_class=tuple(
+            ClassMetrics(
+                label=name,
+                pixels=int(true[k]),
+                iou=_share(right[k], true[k] + predicted[k] - right[k]),
+                precision=_share(right[k], predicted[k]),
+                recall=_share(right[k], true[k]),
+                f1=_share(2 * right[k], true[k] + predicted[k]),
+            )
+            for k, name in enumerate(class_names)
+        ),
+        confusion=tuple(tuple(row) for row in table[:, :count].tolist()),
+    )
+
+
+def mistakes(
+    answers: Sequence[runner.Results], samples: Sequence[Sample], class_names: Sequence[str], limit: int = 24
+) -> tuple[Mistake, ...]:
+    """The images whose answers are least like their masks, the worst first."""
+    rows = []
+    for results, sample, table in zip(answers, samples, _confusions(answers, samples, len(class_names)), strict=True):
+        iou = _mean_iou(table)
+        if iou < 1 and table.any():
+            rows.append((iou, str(sample.path), _mask(sample), results))
+    rows.sort(key=lambda row: row[:2])
+    return tuple(Mistake(path, iou, str(mask.path), tuple(results)) for iou, path, mask, results in rows[:limit])
+
+
+def agreement(answers: Sequence[runner.Results], others: Sequence[runner.Results], _: runner.Spec) -> float:
+    """The share of all pixels, 0..1, to which two networks give the same class."""
+    same = total = 0
+    for mine, theirs in zip(answers, others, strict=True):
+        equal = _class_map(mine) == _class_map(theirs)
+        same += int(equal.sum())
+        total += equal.size
+    return same / total
+
+
+def _confusion(answers: Sequence[runner.Results], samples: Sequence[Sample], count: int) -> np.ndarray:
+    table = np.zeros((count, count + 1), np.int64)
+    for each in _confusions(answers, samples, count):
+        table += each
+    return table
+
+
+def _confusions(answers: Sequence[runner.Results], samples: Sequence[Sample], count: int) -> Iterator[np.ndarray]:
+    """Of each image int64 (count, count + 1): pixels by [true][predicted]; the last column: those without an answer."""
+    for results, sample in zip(answers, samples, strict=True):
+        truth, predicted = read_mask(_mask(sample)), _class_map(results)
+        known = truth != VOID
+        pairs = truth[known].astype(np.int64) * (count + 1) + np.minimum(predicted[known], count)
+        yield np.bincount(pairs, minlength=count * (count + 1)).reshape(count, count + 1)
+
+
+def _class_map(results: runner.Results) -> np.ndarray:
+    """Plain answers → uint8 (H, W): the class of each pixel, VOID where there is no answer."""
+    classes = np.full(results[0]["mask"]["size"], VOID, np.uint8)
+    for each in results:
+        classes[runner.from_rle(each["mask"])] = each["class_id"]
+    return classes
+
+
+def _mask(sample: Sample) -> Mask:
+    assert isinstance(sample.label, Mask)  # datasets gives segmentation nothing else
+    return sample.label
+
+
+def _mean_iou(table: np.ndarray) -> float:
+    """table: int64 (C, C + 1), as _confusions gives it. 0 where no class occurs."""
+    right = table.diagonal()
+    either = table.sum(axis=1) + table.sum(axis=0)[:-1] - right
+    occurs = either > 0
+    return float((right[occurs] / either[occurs]).mean()) if occurs.any() else 0.0
+
+
+def _share(part: np.integer[Any], whole: np.integer[Any]) -> float:
+    return float(part / whole) if whole else 0.0
