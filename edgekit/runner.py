@@ -38,7 +38,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Generator, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Generator, Iterator, List, Sequence, Tuple
 
 _IMPORT_STARTED = time.perf_counter()
 try:
@@ -58,6 +58,7 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 
 Results = List[Dict[str, Any]]
 Outputs = Dict[str, np.ndarray]
+Size = Tuple[int, int]  # (height, width) in pixels
 
 
 class RunnerError(Exception):
@@ -113,15 +114,18 @@ class Spec:
         for key, allowed in choices.items():
             if getattr(spec, key) not in allowed:
                 raise RunnerError(f"the spec's {key} is {getattr(spec, key)!r}; this run.py knows {', '.join(allowed)}")
+        most_classes = VOID if spec.task == "segment" else math.inf  # a class map has 8 bits
         possible = {
             "input_size": _all_are(spec.input_size, int, 2) and min(spec.input_size) >= 1,
             "mean_255": _all_are(spec.mean_255, (int, float), 3) and all(map(math.isfinite, spec.mean_255)),
             "std_255": _all_are(spec.std_255, (int, float), 3) and all(0 < std < math.inf for std in spec.std_255),
-            "class_names": _all_are(spec.class_names, str) and len(spec.class_names) >= 1,
+            "class_names": _all_are(spec.class_names, str) and 1 <= len(spec.class_names) <= most_classes,
             "strides": _all_are(spec.strides, int) and all(stride >= 1 for stride in spec.strides),
             "score_threshold": _is_share(spec.score_threshold),
             "iou_threshold": _is_share(spec.iou_threshold),
         }
+        if spec.task == "detect":
+            possible["strides"] = possible["strides"] and len(spec.strides) >= 1
         for key, holds in possible.items():
             if not holds:
                 raise RunnerError(f"the spec's {key} cannot be {repr(raw[key])[:80]}. Build the bundle again")
@@ -206,7 +210,7 @@ def resize(image: np.ndarray, spec: Spec) -> np.ndarray:
         found = f"{type(image).__name__}, {dtype}, shape {shape}"
         raise RunnerError(f"expected an image as an array, uint8, shape (height, width, 3), BGR; found {found}")
     height, width = spec.input_size
-    region = _region((shape[0], shape[1]), spec)
+    region = _region(_size(image), spec)
     image = image[region.top : region.top + region.height, region.left : region.left + region.width]
     shrinks = region.height >= region.new_height and region.width >= region.new_width
     # INTER_LINEAR has per-platform fast paths that round differently; INTER_LINEAR_EXACT is specified bit for bit.
@@ -224,6 +228,10 @@ def resize(image: np.ndarray, spec: Spec) -> np.ndarray:
     return framed
 
 
+def _size(image: np.ndarray) -> Size:
+    return image.shape[0], image.shape[1]
+
+
 @dataclass(frozen=True)
 class _Region:
     """The part of a photo that the network sees, and the part of its input where that lies; whole pixels."""
@@ -238,8 +246,8 @@ class _Region:
     new_height: int
 
 
-def _region(size: tuple[int, int], spec: Spec) -> _Region:
-    """size: (height, width) of the photo."""
+def _region(size: Size, spec: Spec) -> _Region:
+    """size: of the photo."""
     height, width = size
     h, w = spec.input_size
     if spec.resize == "crop":  # the largest centred part with the input's aspect ratio
@@ -267,7 +275,7 @@ class Placement:
     step_y: float
 
 
-def placement(size: tuple[int, int], spec: Spec) -> Placement:
+def placement(size: Size, spec: Spec) -> Placement:
     """size: (height, width) of a photo → where `resize` takes the network's input from."""
     region = _region(size, spec)
     step_x, step_y = region.width / region.new_width, region.height / region.new_height
@@ -298,20 +306,167 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return scores
 
 
-def classify(outputs: Outputs, spec: Spec, top_k: int = 5) -> Results:
-    """{"logits": (1, C)} → the top_k classes (0: all), best first, as {"label", "class_id", "score"}.
+def classify(
+    outputs: Outputs, spec: Spec, size: Size, top_k: int | None = None, min_score: float | None = None
+) -> Results:
+    """{"logits": (1, C)} → classes, best first, as {"label", "class_id", "score"}.
 
+    top_k: at most so many; 0: all; None: 5. min_score: none with a lower score; None: 0. size: not looked at.
     Raises RunnerError where the network gave NaN or infinite values.
     """
+    del size
     logits = outputs["logits"].reshape(-1).astype(np.float64)
-    if not np.isfinite(logits).all():
-        raise RunnerError("the network's output is not finite: run `python3 run.py check`")
+    _require_finite(logits)
     scores = softmax(logits)
-    order = np.argsort(-scores, kind="stable")[: top_k or None]
-    return [{"label": spec.class_names[i], "class_id": int(i), "score": float(scores[i])} for i in order]
+    order = np.argsort(-scores, kind="stable")[: (5 if top_k is None else top_k) or None]
+    return [_named(spec, i, score=float(scores[i])) for i in order if scores[i] >= (min_score or 0)]
 
 
-POSTPROCESS: dict[str, Callable[[Outputs, Spec, int], Results]] = {"classify": classify}
+CANDIDATES = 3000  # boxes that suppression looks at, the best ones: its time grows with their square (0.1 s on a PC)
+
+
+def detect(
+    outputs: Outputs, spec: Spec, size: Size, top_k: int | None = None, min_score: float | None = None
+) -> Results:
+    """{"classes_S": (1, C, h/S, w/S), "boxes_S": (1, 4, h/S, w/S)} of each stride S → the boxes, best first.
+
+    classes: logits; a score is the logistic function of one. boxes: the logarithms of the distances from the middle of
+    the cell, (column + 0.5, row + 0.5), to the left, top, right and bottom edge; the unit is S pixels of the input.
+    size: (height, width) of the photo. top_k: at most so many; 0 or None: all. min_score: none with a lower score;
+    None: the spec's score_threshold.
+
+    → {"label", "class_id", "score", "box"}; box: [left, top, right, bottom] in pixels of the photo, inside it.
+    Of two boxes of one class with an IoU above the spec's iou_threshold, the one with the lower score is left out.
+    Raises RunnerError where the network gave NaN or infinite values.
+    """
+    threshold = spec.score_threshold if min_score is None else min_score
+    candidates = np.hstack([_candidates(outputs, stride, threshold) for stride in spec.strides])
+    best = np.argsort(-candidates[1], kind="stable")[:CANDIDATES]
+    class_ids, logits, boxes = candidates[0, best].astype(int), candidates[1, best], candidates[2:, best].T
+    place = placement(size, spec)
+    steps, starts = (place.step_x, place.step_y) * 2, (place.left, place.top) * 2
+    boxes = np.clip(boxes * steps + starts, 0, (size[1], size[0]) * 2)
+    kept = _suppress(boxes, class_ids, spec.iou_threshold)[: top_k or None]
+    scores = np.exp(-np.logaddexp(0, -logits))  # 1 / (1 + exp(-logit)) without an overflow
+    return [_named(spec, class_ids[i], score=float(scores[i]), box=boxes[i].tolist()) for i in kept]
+
+
+def _candidates(outputs: Outputs, stride: int, threshold: float) -> np.ndarray:
+    """float64 (6, n): class id, logit, left, top, right, bottom in the input, of what has the score; class by class."""
+    logits, logarithms = outputs[f"classes_{stride}"][0], outputs[f"boxes_{stride}"][0]
+    _require_finite(logits, logarithms)
+    limit = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.inf if threshold > 0 else -math.inf
+    class_ids, rows, columns = np.nonzero(logits >= limit)
+    middles = (np.stack([columns, rows] * 2) + 0.5) * stride
+    # e ** 50 pixels are more than any photo has; much more would be an overflow
+    distances = np.exp(np.minimum(logarithms[:, rows, columns].astype(np.float64), 50)) * stride
+    edges = middles + distances * np.array([[-1], [-1], [1], [1]])
+    return np.vstack([class_ids, logits[class_ids, rows, columns], edges])
+
+
+def _suppress(boxes: np.ndarray, class_ids: np.ndarray, iou_threshold: float) -> list[int]:
+    """Boxes (n, 4), the best first → the indices of those that stay, in order. Boxes without an area never do."""
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    kept: list[int] = []
+    for class_id in set(class_ids.tolist()):
+        own = np.flatnonzero((class_ids == class_id) & (sizes > 0).all(axis=1))
+        ranks = list(map(float, range(len(own), 0, -1)))  # instead of scores, which OpenCV compares in float32
+        rectangles = np.hstack([boxes[own, :2], sizes[own]])
+        stay = cv2.dnn.NMSBoxes(rectangles, ranks, 0.0, iou_threshold)  # an empty tuple where there are none
+        kept += own[np.array(stay, int).ravel()].tolist()
+    return sorted(kept)
+
+
+VOID = 255  # in a class map: a pixel of no class
+
+
+def segment(
+    outputs: Outputs, spec: Spec, size: Size, top_k: int | None = None, min_score: float | None = None
+) -> Results:
+    """{"logits": (1, C, h/k, w/k)} → the classes that are in the photo, the largest first.
+
+    size: (height, width) of the photo. top_k: at most so many; 0 or None: all. min_score: none with a smaller share;
+    None: 0.
+
+    → {"label", "class_id", "share", "mask"}; share: of the photo's pixels, 0..1; mask: bool (height, width). What a
+    "crop" leaves out is of no class. Raises RunnerError where the network gave NaN or infinite values.
+    """
+    small = _best_classes(outputs["logits"][0], spec)
+    classes = _to_photo(small, spec, size)
+    results = []
+    for class_id in np.unique(small):
+        mask = classes == class_id
+        share = int(np.count_nonzero(mask)) / mask.size
+        if share and share >= (min_score or 0):
+            results.append(_named(spec, class_id, share=share, mask=mask))
+    return sorted(results, key=lambda result: -result["share"])[: top_k or None]
+
+
+def _best_classes(logits: np.ndarray, spec: Spec) -> np.ndarray:
+    """float32 (C, h/k, w/k) → uint8 (h, w), the class with the largest logit; of equals the first."""
+    _require_finite(logits)
+    height, width = spec.input_size
+    best = np.full((height, width), -np.inf, np.float32)
+    classes = np.zeros((height, width), np.uint8)
+    for class_id, plane in enumerate(logits):  # one by one: all of them in full size take much memory, and longer
+        full = cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
+        np.copyto(classes, np.uint8(class_id), where=full > best)
+        np.maximum(best, full, out=best)
+    return classes
+
+
+def _to_photo(classes: np.ndarray, spec: Spec, size: Size) -> np.ndarray:
+    """uint8 (h, w) of the input → uint8 (height, width) of the photo: of each pixel what lies at its middle."""
+    region = _region(size, spec)
+    rows = region.y + _nearest(region.height, region.new_height)
+    columns = region.x + _nearest(region.width, region.new_width)
+    photo = np.full(size, VOID, np.uint8)
+    part = photo[region.top : region.top + region.height, region.left : region.left + region.width]
+    part[:] = classes[:, columns][rows]
+    return photo
+
+
+def _nearest(count: int, old: int) -> np.ndarray:
+    """For each of `count` new pixels the old one at its middle. (cv2's INTER_NEAREST takes the one at its corner.)"""
+    return (2 * np.arange(count) + 1) * old // (2 * count)
+
+
+def _require_finite(*arrays: np.ndarray) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise RunnerError("the network's output is not finite: run `python3 run.py check`")
+
+
+def _named(spec: Spec, class_id: Any, **facts: Any) -> dict[str, Any]:
+    return {"label": spec.class_names[class_id], "class_id": int(class_id), **facts}
+
+
+POSTPROCESS: dict[str, Callable[..., Results]] = {"classify": classify, "detect": detect, "segment": segment}
+
+
+def plain(results: Results) -> Results:
+    """The same for JSON: each mask as COCO's uncompressed RLE, {"size": [height, width], "counts": [...]}.
+
+    counts: how many pixels are false, then how many true, and so on, down the columns from left to right. What is plain
+    already stays.
+    """
+    return [
+        {**result, "mask": _rle(result["mask"])} if isinstance(result.get("mask"), np.ndarray) else result
+        for result in results
+    ]
+
+
+def _rle(mask: np.ndarray) -> dict[str, Any]:
+    pixels = mask.T.ravel()
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    starts = [0, 0] if pixels[0] else [0]
+    return {"size": list(mask.shape), "counts": np.diff(np.concatenate([starts, changes, [mask.size]])).tolist()}
+
+
+def from_rle(rle: dict[str, Any]) -> np.ndarray:
+    """The inverse: → bool (height, width). Raises ValueError where the counts are not those of such an image."""
+    height, width = rle["size"]
+    is_true = np.arange(len(rle["counts"])) % 2 == 1
+    return np.ascontiguousarray(np.repeat(is_true, rle["counts"]).reshape(width, height).T)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -623,9 +778,10 @@ class Model:
             "`edgekit bundle RUN --precision fp32`"
         )
 
-    def __call__(self, image: np.ndarray, top_k: int = 5) -> Results:
-        """uint8 (H, W, 3) BGR → results, best first, as the task's postprocessing defines them."""
-        return POSTPROCESS[self.spec.task](self.session(preprocess(image, self.spec)), self.spec, top_k)
+    def __call__(self, image: np.ndarray, top_k: int | None = None, min_score: float | None = None) -> Results:
+        """uint8 (H, W, 3) BGR → results, best first: see `classify`, `detect` and `segment`, whichever the task is."""
+        outputs = self.session(preprocess(image, self.spec))
+        return POSTPROCESS[self.spec.task](outputs, self.spec, _size(image), top_k, min_score)
 
     def conditions(self) -> dict[str, Any]:
         """What a figure from this model depends on, as found here."""
@@ -948,7 +1104,8 @@ def _check_image(model: Model, expected: dict[str, Any]) -> dict[str, Any]:
     outputs: Outputs = {}
     identical, reason = False, ""
     try:
-        pixels = resize(read_image(model.bundle / "check" / expected["file"]), model.spec)
+        image = read_image(model.bundle / "check" / expected["file"])
+        pixels = resize(image, model.spec)
         identical = hashlib.sha256(pixels.tobytes()).hexdigest() == expected["pixels_sha256"]
         outputs = model.session(normalize(pixels[None], model.spec))
     except RunnerError as error:
@@ -960,7 +1117,7 @@ def _check_image(model: Model, expected: dict[str, Any]) -> dict[str, Any]:
         relative_difference(outputs.get(name), np.array(values, np.float32))
         for name, values in expected["outputs"].items()
     )
-    actual = POSTPROCESS[model.spec.task](outputs, model.spec, 1) if relative_error < math.inf else []
+    actual = POSTPROCESS[model.spec.task](outputs, model.spec, _size(image), 1) if relative_error < math.inf else []
     if not reason and not relative_error <= tolerance:
         reason = f"outputs differ by {relative_error:.2g} of the largest; at most {tolerance:g} is allowed"
     return {
@@ -1035,7 +1192,7 @@ def _time_stages(model: Model, data: bytes | np.ndarray) -> list[tuple[int, int]
     marks.append((time.perf_counter_ns(), time.process_time_ns()))
     outputs = model.session(blob)
     marks.append((time.perf_counter_ns(), time.process_time_ns()))
-    POSTPROCESS[model.spec.task](outputs, model.spec, 5)
+    POSTPROCESS[model.spec.task](outputs, model.spec, _size(image))
     marks.append((time.perf_counter_ns(), time.process_time_ns()))
     return [(end[0] - start[0], end[1] - start[1]) for start, end in zip(marks, marks[1:])]
 
@@ -1232,7 +1389,7 @@ def _done(model: Model) -> int:
     return 3 if model.fallback else 0
 
 
-def _answer(model: Model, frame: Frame, top_k: int) -> tuple[Results, str]:
+def _answer(model: Model, frame: Frame, top_k: int | None) -> tuple[Results, str]:
     """(results, "") or ([], the reason why there are none): one bad image does not end the run."""
     if frame.image is None:
         return [], frame.error

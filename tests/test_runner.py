@@ -30,6 +30,7 @@ from edgekit.runner import Frame, RunnerError
 
 sizes = st.integers(1, 200)
 small_sizes = st.integers(1, 64)
+PHOTO = (480, 640)
 logits = hnp.arrays(np.float32, st.integers(1, 12), elements=st.floats(-1e4, 1e4, width=32))
 
 
@@ -90,7 +91,7 @@ def test_a_spec_survives_json() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("task", "segment"),
+        ("task", "pose"),
         ("task", ["classify"]),
         ("resize", "pad"),
         ("interpolation", "cubic"),
@@ -122,6 +123,49 @@ def test_a_spec_survives_json() -> None:
 def test_an_impossible_spec_is_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(RunnerError, match=f"the spec's {key} "):
         runner.Spec.from_dict({**SPEC.to_dict(), key: value})
+
+
+DETECTION = {"task": "detect", "strides": [8, 16, 32], "score_threshold": 0.3, "iou_threshold": 0.6}
+
+
+def test_a_detections_spec_survives_json_and_the_others_have_no_such_keys() -> None:
+    raw = {**SPEC.to_dict(), **DETECTION}
+    spec = runner.Spec.from_dict(json.loads(json.dumps(raw)))
+    assert spec == replace(SPEC, task="detect", strides=(8, 16, 32), score_threshold=0.3, iou_threshold=0.6)
+    assert spec.to_dict() == raw
+    for task in ("classify", "segment"):
+        with pytest.raises(RunnerError, match=r"keys differ.*iou_threshold, score_threshold, strides"):
+            runner.Spec.from_dict({**raw, "task": task})
+    with pytest.raises(RunnerError, match=r"keys differ.*iou_threshold, score_threshold, strides"):
+        runner.Spec.from_dict({**SPEC.to_dict(), "task": "detect"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("strides", []),
+        ("strides", [0]),
+        ("strides", [8.0]),
+        ("strides", 8),
+        ("score_threshold", 1.1),
+        ("score_threshold", None),
+        ("iou_threshold", -0.1),
+        ("iou_threshold", True),
+        ("iou_threshold", math.nan),
+    ],
+)
+def test_an_impossible_detection_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(RunnerError, match=f"the spec's {key} cannot be"):
+        runner.Spec.from_dict({**SPEC.to_dict(), **DETECTION, key: value})
+
+
+def test_a_class_map_has_eight_bits() -> None:
+    names = [f"class {i}" for i in range(256)]
+    raw = {**SPEC.to_dict(), "class_names": names}
+    assert len(runner.Spec.from_dict(raw).class_names) == 256
+    assert len(runner.Spec.from_dict({**raw, "task": "segment", "class_names": names[:255]}).class_names) == 255
+    with pytest.raises(RunnerError, match="the spec's class_names cannot be"):
+        runner.Spec.from_dict({**raw, "task": "segment"})
 
 
 @pytest.mark.parametrize(
@@ -407,7 +451,7 @@ def test_softmax_figures_and_rows() -> None:
 
 def test_classify_gives_whole_answers_best_first() -> None:
     outputs = {"logits": np.log(np.array([[0.1, 0.2, 0.05, 0.4, 0.05, 0.15, 0.05]], np.float32))}
-    answers = runner.classify(outputs, SPEC, 3)
+    answers = runner.classify(outputs, SPEC, PHOTO, 3)
     assert [(answer["label"], answer["class_id"]) for answer in answers] == [("Blüte", 3), ("flower", 1), ("leaf", 5)]
     assert [answer["score"] for answer in answers] == pytest.approx([0.4, 0.2, 0.15], rel=1e-6)
     assert [set(answer) for answer in answers] == [{"label", "class_id", "score"}] * 3
@@ -416,16 +460,23 @@ def test_classify_gives_whole_answers_best_first() -> None:
 
 def test_classify_gives_ties_in_class_order_and_all_for_zero() -> None:
     outputs = {"logits": np.array([[1, 2, 2, 1, 2, 1, 1]], np.float32)}
-    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, 0)] == [1, 2, 4, 0, 3, 5, 6]
-    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, 99)] == [1, 2, 4, 0, 3, 5, 6]
-    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC)] == [1, 2, 4, 0, 3]
-    assert sum(answer["score"] for answer in runner.classify(outputs, SPEC, 0)) == pytest.approx(1)
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 0)] == [1, 2, 4, 0, 3, 5, 6]
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 99)] == [1, 2, 4, 0, 3, 5, 6]
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO)] == [1, 2, 4, 0, 3]
+    assert sum(answer["score"] for answer in runner.classify(outputs, SPEC, PHOTO, 0)) == pytest.approx(1)
+
+
+def test_classify_leaves_out_what_scores_less_than_asked() -> None:
+    outputs = {"logits": np.array([[math.log(4), 0, math.log(2), -99, 0, -99, -99]], np.float32)}  # 1/2, 1/8, 1/4, ...
+    for least, classes in {0.2: [0, 2], 0.51: [], 0.12: [0, 2, 1, 4], 0.0: [0, 2, 1, 4, 3, 5, 6]}.items():
+        assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 0, least)] == classes
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 1, 0.2)] == [0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_classify_has_no_answer_for_an_output_that_is_no_number(value: float) -> None:
     with pytest.raises(RunnerError, match="not finite"):
-        runner.classify({"logits": np.array([[0, value, 0, 0, 0, 0, 0]], np.float32)}, SPEC)
+        runner.classify({"logits": np.array([[0, value, 0, 0, 0, 0, 0]], np.float32)}, SPEC, PHOTO)
 
 
 # ---------------------------------------------------------------------------------------------------------------
