@@ -25,6 +25,7 @@ import ctypes
 import glob
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -34,7 +35,8 @@ import re
 import subprocess
 import sys
 import time
-from collections import deque
+import zipfile
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -371,7 +373,7 @@ def _suppress(boxes: np.ndarray, class_ids: np.ndarray, iou_threshold: float) ->
     for class_id in set(class_ids.tolist()):
         own = np.flatnonzero((class_ids == class_id) & (sizes > 0).all(axis=1))
         ranks = list(map(float, range(len(own), 0, -1)))  # instead of scores, which OpenCV compares in float32
-        rectangles = np.hstack([boxes[own, :2], sizes[own]])
+        rectangles = np.hstack([boxes[own, :2], sizes[own]]).tolist()
         stay = cv2.dnn.NMSBoxes(rectangles, ranks, 0.0, iou_threshold)  # an empty tuple where there are none
         kept += own[np.array(stay, int).ravel()].tolist()
     return sorted(kept)
@@ -764,7 +766,8 @@ class Model:
             self._prove()
 
     def _prove(self) -> None:
-        row = _check_image(self, _expected(self.bundle)[0])
+        outputs = _expected_outputs(self.bundle)
+        row = _check_image(self, _expected(self.bundle)[0], {name: array[:1] for name, array in outputs.items()})
         if row["ok"]:
             return
         faulty = self.session.engine == "new" and "avx_vnni" in _cpu_features()
@@ -1084,28 +1087,60 @@ class Drawings:
 def check(model: Model) -> list[dict[str, Any]]:
     """Runs the bundle's own images, from file bytes to answer, against the trained model's stored answers.
 
-    → a row an image: {"file", "ok", "pixels_identical", "relative_error", "expected", "actual", "reason"}.
+    → a row an image: {"file", "ok", "pixels_identical", "relative_error", "expected", "actual", "reason"}. expected and
+    actual: plain results, of classification the best one.
     relative_error: largest difference of any output, as a share of that output's largest value.
     Where the decoded and resized pixels are the workstation's, bit for bit, the outputs must agree within the
     manifest's tolerance. Where another JPEG decoder gave other pixels, the looser `outputs_other_pixels` holds, and
     where the arithmetic has 16 bits, `outputs_16bit`.
     """
-    return [_check_image(model, row) for row in _expected(model.bundle)]
+    rows, outputs = _expected(model.bundle), _expected_outputs(model.bundle)
+    if any(len(array) != len(rows) for array in outputs.values()):
+        raise RunnerError(f"the bundle's {_OUTPUTS} is not of the images that it has: build the bundle again")
+    return [
+        _check_image(model, row, {name: array[i : i + 1] for name, array in outputs.items()})
+        for i, row in enumerate(rows)
+    ]
 
 
 def _expected(bundle: Path) -> list[dict[str, Any]]:
-    """check/expected.json: a row an image, {"file", "pixels_sha256", "outputs", "results"}."""
+    """check/expected.json: a row an image, {"file", "pixels_sha256", "results"}; results: plain."""
     rows: list[dict[str, Any]] = json.loads((bundle / "check" / "expected.json").read_text("utf-8"))["images"]
     return rows
 
 
-def _check_image(model: Model, expected: dict[str, Any]) -> dict[str, Any]:
+_OUTPUTS = "check/outputs.npz"
+
+
+def _expected_outputs(bundle: Path) -> Outputs:
+    """check/outputs.npz: {output name: float32 (N, ...)}, a row an image of expected.json, in its order.
+
+    Raises RunnerError where it is missing or damaged.
+    """
+    try:
+        data = (bundle / _OUTPUTS).read_bytes()
+    except OSError as error:
+        raise RunnerError(
+            f"the bundle's {_OUTPUTS} cannot be read ({error.strerror}): build the bundle again"
+        ) from None
+    try:
+        arrays = np.load(io.BytesIO(data))
+        outputs = {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+        outputs = {}
+    if not outputs or not all(array.ndim for array in outputs.values()):
+        raise RunnerError(f"the bundle's {_OUTPUTS} is damaged: build the bundle again")
+    return outputs
+
+
+def _check_image(model: Model, expected: dict[str, Any], wanted: Outputs) -> dict[str, Any]:
+    """expected: its row in expected.json. wanted: its outputs."""
     tolerances = model.manifest["tolerances"]
     outputs: Outputs = {}
-    identical, reason = False, ""
+    identical, reason, size = False, "", (0, 0)
     try:
         image = read_image(model.bundle / "check" / expected["file"])
-        pixels = resize(image, model.spec)
+        pixels, size = resize(image, model.spec), _size(image)
         identical = hashlib.sha256(pixels.tobytes()).hexdigest() == expected["pixels_sha256"]
         outputs = model.session(normalize(pixels[None], model.spec))
     except RunnerError as error:
@@ -1113,20 +1148,18 @@ def _check_image(model: Model, expected: dict[str, Any]) -> dict[str, Any]:
     allowed = ["outputs"] if identical else ["outputs", "outputs_other_pixels"]
     allowed += [] if model.session.precision == "fp32" else ["outputs_16bit"]
     tolerance = max(tolerances[name] for name in allowed)
-    relative_error = max(
-        relative_difference(outputs.get(name), np.array(values, np.float32))
-        for name, values in expected["outputs"].items()
-    )
-    actual = POSTPROCESS[model.spec.task](outputs, model.spec, _size(image), 1) if relative_error < math.inf else []
+    relative_error = max(relative_difference(outputs.get(name), array) for name, array in wanted.items())
     if not reason and not relative_error <= tolerance:
         reason = f"outputs differ by {relative_error:.2g} of the largest; at most {tolerance:g} is allowed"
+    shown = 1 if model.spec.task == "classify" else None
+    actual = POSTPROCESS[model.spec.task](outputs, model.spec, size, shown) if relative_error < math.inf else []
     return {
         "file": expected["file"],
         "ok": not reason,
         "pixels_identical": identical,
         "relative_error": relative_error if math.isfinite(relative_error) else None,
-        "expected": expected["results"][:1],
-        "actual": actual,
+        "expected": expected["results"][:shown],
+        "actual": plain(actual),
         "reason": reason,
     }
 
@@ -1432,13 +1465,26 @@ def _check(args: argparse.Namespace) -> int:
     for row in rows:
         error = "none" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
         pixels = "same pixels" if row["pixels_identical"] else "other pixels"
-        got = row["actual"][0]["label"] if row["actual"] else "-"
+        got = _summary(row["actual"])
         verdict = "ok    " if row["ok"] else "FAILED"
         print(f"{verdict} {row['file']:<28} {pixels:<12} difference {error:<8} {got}  {row['reason']}".rstrip())
     where = f"OpenCV {cv2.__version__}, {_ran(model)}, {cpu_name()}"
     total = f"{sum(row['ok'] for row in rows)} of {len(rows)} images as trained"
     print(f"{'check passed' if passed else 'CHECK FAILED'}: {total}. {where}")
     return _done(model) if passed else 1
+
+
+def _summary(results: Results) -> str:
+    """An answer in a few words: the best class; "5 boxes: 3 RBC, 2 WBC"; or the largest classes with their shares."""
+    if not results:
+        return "-"
+    if "share" in results[0]:
+        return ", ".join(f"{100 * result['share']:.1f} % {result['label']}" for result in results[:3])
+    if "box" not in results[0]:
+        return str(results[0]["label"])
+    counts = Counter(result["label"] for result in results).most_common()
+    boxes = "1 box" if len(results) == 1 else f"{len(results)} boxes"
+    return f"{boxes}: " + ", ".join(f"{count} {label}" for label, count in counts)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -122,27 +122,44 @@ def _save(path: Path, spec: runner.Spec, nodes: list[Any], outputs: list[Any], w
 
 
 def write_bundle(folder: Path, spec: runner.Spec = SPEC, **manifest: Any) -> Path:
-    """A bundle that passes its own check; keywords replace entries of its manifest."""
+    """A bundle of any task that passes its own check; keywords replace entries of its manifest."""
     files = write_photos(folder / "check")
     shutil.copyfile(runner.__file__, folder / "run.py")
-    write_model(folder / "model.onnx", len(spec.class_names))
+    if spec.task == "classify":
+        write_model(folder / "model.onnx", len(spec.class_names))
+    else:
+        {"detect": write_detector, "segment": write_segmenter}[spec.task](folder / "model.onnx", spec)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    rows = []
+    names = [output.name for output in session.get_outputs()]
+    rows, outputs = [], []
     for file in files:
-        pixels = runner.resize(runner.read_image(file), spec)
-        (logits,) = session.run(["logits"], {"image": runner.normalize(pixels[None], spec)})
+        image = runner.read_image(file)
+        pixels = runner.resize(image, spec)
+        arrays = session.run(names, {"image": runner.normalize(pixels[None], spec)})
+        outputs.append(dict(zip(names, arrays, strict=True)))
         rows.append(
             {
                 "file": file.name,
                 "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
-                "outputs": {"logits": logits.tolist()},
-                "results": runner.classify({"logits": logits}, spec, pixels.shape[:2]),
+                "results": runner.plain(runner.POSTPROCESS[spec.task](outputs[-1], spec, image.shape[:2])),
             }
         )
-    write_json(folder / "check" / "expected.json", {"images": rows})
+    write_expected(folder, rows, {name: np.concatenate([row[name] for row in outputs]) for name in names})
     proved = [{"opencv": cv2.__version__, "engine": engine} for engine in runner.engines()]
     sign(folder, **{"spec": spec.to_dict(), "proved": proved, **manifest})
     return folder
+
+
+def read_expected(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of check/expected.json, and the outputs, float32 (images, ...) each."""
+    with np.load(folder / "check" / "outputs.npz") as arrays:
+        outputs = {name: arrays[name] for name in arrays.files}
+    return json.loads((folder / "check" / "expected.json").read_text("utf-8"))["images"], outputs
+
+
+def write_expected(folder: Path, rows: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+    write_json(folder / "check" / "expected.json", {"images": rows})
+    np.savez(folder / "check" / "outputs.npz", **outputs)
 
 
 def sign(folder: Path, **changes: Any) -> None:

@@ -510,9 +510,10 @@ def test_a_session_names_the_engine_that_runs_and_answers_by_output_name(built: 
     assert session.engine == (runner.engines()[0] if engine == "auto" else engine)
     image = runner.read_image(built / "check" / "china.jpg")
     outputs = session(runner.preprocess(image, SPEC))
-    (row,) = [row for row in expected_rows(built) if row["file"] == "china.jpg"]
+    rows, wanted = bundles.read_expected(built)
+    (place,) = [number for number, row in enumerate(rows) if row["file"] == "china.jpg"]
     assert set(outputs) == {"logits"} and outputs["logits"].dtype == np.float32
-    np.testing.assert_allclose(outputs["logits"], row["outputs"]["logits"], rtol=1e-4)
+    np.testing.assert_allclose(outputs["logits"], wanted["logits"][place : place + 1], rtol=1e-4)
 
 
 def test_an_answer_is_not_overwritten_by_the_next(built: Path) -> None:
@@ -573,6 +574,7 @@ def test_a_manifest_is_read_when_every_file_is_the_one_that_was_built(built: Pat
         "check/china.jpg",
         "check/expected.json",
         "check/flower.jpg",
+        "check/outputs.npz",
         "check/petals.png",
         "check/roof.png",
         "model.onnx",
@@ -965,22 +967,24 @@ def test_a_picture_too_large_for_jpeg_is_told(tmp_path: Path) -> None:
 
 
 def expected_rows(bundle: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((bundle / "check" / "expected.json").read_text("utf-8"))["images"]
-    return rows
+    return bundles.read_expected(bundle)[0]
 
 
-def change_expected(bundle: Path, change: Callable[[list[dict[str, Any]]], None]) -> runner.Model:
+Change = Callable[[list[dict[str, Any]], dict[str, Any]], None]
+
+
+def change_expected(bundle: Path, change: Change) -> runner.Model:
     """A bundle with other expectations, signed again."""
-    rows = expected_rows(bundle)
-    change(rows)
-    (bundle / "check" / "expected.json").write_text(json.dumps({"images": rows}), "utf-8")
+    rows, outputs = bundles.read_expected(bundle)
+    change(rows, outputs)
+    bundles.write_expected(bundle, rows, outputs)
     bundles.sign(bundle)
     return runner.Model(bundle, threads=1)
 
 
-def times(factor: float) -> Callable[[list[dict[str, Any]]], None]:
-    def change(rows: list[dict[str, Any]]) -> None:
-        rows[0]["outputs"]["logits"] = (np.array(rows[0]["outputs"]["logits"]) * factor).tolist()
+def times(factor: float) -> Change:
+    def change(_: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        outputs["logits"][0] *= factor
 
     return change
 
@@ -1008,25 +1012,123 @@ def test_outputs_inside_the_tolerance_pass(bundle: Path) -> None:
 
 @pytest.mark.parametrize(("factor", "ok"), [(1.04, True), (1.06, False)])
 def test_other_pixels_have_the_looser_tolerance(bundle: Path, factor: float, ok: bool) -> None:
-    def change(rows: list[dict[str, Any]]) -> None:
-        times(factor)(rows)
+    def change(rows: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        times(factor)(rows, outputs)
         rows[0]["pixels_sha256"] = "0" * 64
 
     row = runner.check(change_expected(bundle, change))[0]
     assert (row["pixels_identical"], row["ok"]) == (False, ok)
 
 
-def test_a_missing_output_another_shape_or_a_nan_fails(bundle: Path) -> None:
-    def change(rows: list[dict[str, Any]]) -> None:
-        rows[0]["outputs"]["boxes"] = [[1.0]]
-        rows[1]["outputs"]["logits"] = rows[1]["outputs"]["logits"][0]
-        rows[2]["outputs"]["logits"][0][0] = math.nan
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_a_missing_output_or_another_shape_fails(bundle: Path, fault: str) -> None:
+    def change(rows: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        if fault == "missing":
+            outputs["boxes"] = np.zeros((len(rows), 1), np.float32)
+        else:
+            outputs["logits"] = outputs["logits"][:, :3]
 
     rows = runner.check(change_expected(bundle, change))
-    assert [(row["ok"], row["relative_error"]) for row in rows[:3]] == [(False, None)] * 3
-    assert [row["actual"] for row in rows[:2]] == [[], []]
-    assert rows[3]["ok"]
+    assert [(row["ok"], row["relative_error"], row["actual"]) for row in rows] == [(False, None, [])] * 4
+
+
+def test_a_nan_fails(bundle: Path) -> None:
+    def change(_: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        outputs["logits"][2, 0] = math.nan
+
+    rows = runner.check(change_expected(bundle, change))
+    assert [(row["ok"], row["relative_error"] is None) for row in rows] == [(n != 2, n == 2) for n in range(4)]
     json.dumps(rows, allow_nan=False)
+
+
+def saved(save: Callable[..., None], *arguments: Any, **arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *arguments, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, r"cannot be read \(No such file or directory\)"),
+        (b"", "is damaged"),
+        (b"no archive", "is damaged"),
+        (b"PK\3\4 cut off", "is damaged"),
+        (saved(np.save, np.zeros((4, 7), np.float32)), "is damaged"),
+        (saved(np.savez), "is damaged"),
+        (saved(np.savez, logits=np.float32(1)), "is damaged"),
+        (saved(np.savez, logits=np.zeros((4, 7), np.float32))[:-30], "is damaged"),
+        (saved(np.savez, logits=np.array([None] * 4)), "is damaged"),
+        (saved(np.savez, logits=np.zeros((3, 7), np.float32)), "is not of the images that it has"),
+    ],
+)
+def test_outputs_that_are_missing_or_damaged_are_told(bundle: Path, data: bytes | None, reason: str) -> None:
+    path = bundle / "check" / "outputs.npz"
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    bundles.sign(bundle)
+    with pytest.raises(RunnerError, match=rf"check/outputs\.npz {reason}: build the bundle again"):
+        runner.check(runner.Model(bundle, threads=1))
+
+
+DETECT = replace(
+    SPEC,
+    task="detect",
+    resize="letterbox",
+    input_size=(64, 96),
+    strides=(8, 16, 32),
+    score_threshold=0.3,
+    iou_threshold=0.6,
+)
+SEGMENT = replace(SPEC, task="segment", resize="letterbox", input_size=(64, 96))
+
+
+@pytest.mark.parametrize("spec", [DETECT, SEGMENT], ids=lambda spec: spec.task)
+def test_the_other_tasks_check_their_outputs_and_show_plain_answers(spec: runner.Spec, tmp_path: Path) -> None:
+    built = bundles.write_bundle(tmp_path / "bundle", spec)
+    model = runner.Model(built)
+    rows = runner.check(model)
+    assert [(row["ok"], row["pixels_identical"], row["reason"]) for row in rows] == [(True, True, "")] * 4
+    assert max(row["relative_error"] for row in rows) < 1e-5
+    for row, want in zip(rows, expected_rows(built), strict=True):
+        assert row["expected"] == want["results"] and len(row["expected"]) > 1
+        assert [result["label"] for result in row["actual"]] == [result["label"] for result in row["expected"]]
+        results = model(runner.read_image(built / "check" / row["file"]))
+        assert row["actual"] == runner.plain(results) == runner.plain(row["actual"])
+    _, outputs = bundles.read_expected(built)
+    outputs = {name: array + np.float32(0.01) * (name in ("boxes_16", "logits")) for name, array in outputs.items()}
+    bundles.write_expected(built, expected_rows(built), outputs)
+    bundles.sign(built)
+    assert not any(row["ok"] for row in runner.check(runner.Model(built)))
+
+
+@pytest.mark.parametrize("spec", [DETECT, SEGMENT], ids=lambda spec: spec.task)
+def test_benches_and_workers_take_every_task(spec: runner.Spec, tmp_path: Path) -> None:
+    model = runner.Model(bundles.write_bundle(tmp_path / "bundle", spec))
+    report = runner.bench(model, seconds=0.01)
+    assert report["postprocess_ms"]["p50"] > 0 and report["images_per_second"] > 0
+
+
+def box(label: str) -> dict[str, Any]:
+    return {"label": label, "class_id": 0, "score": 0.5, "box": [0.0, 0.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("results", "summary"),
+    [
+        ([], "-"),
+        ([{"label": "sky", "class_id": 4, "score": 0.9}, {"label": "sea", "class_id": 3, "score": 0.1}], "sky"),
+        ([box("RBC")], "1 box: 1 RBC"),
+        ([box("WBC"), box("RBC"), box("RBC"), box("WBC"), box("RBC")], "5 boxes: 3 RBC, 2 WBC"),
+        (
+            [{"label": name, "share": share} for name, share in zip("abcd", (0.6, 0.2496, 0.1, 0.05), strict=True)],
+            "60.0 % a, 25.0 % b, 10.0 % c",
+        ),
+    ],
+)
+def test_an_answer_in_a_few_words(results: list[dict[str, Any]], summary: str) -> None:
+    assert runner._summary(results) == summary
 
 
 def test_an_image_that_this_opencv_cannot_decode_fails_by_name(bundle: Path) -> None:
@@ -1046,7 +1148,11 @@ def test_an_image_that_this_opencv_cannot_decode_fails_by_name(bundle: Path) -> 
 
 
 def test_a_check_of_no_images_does_not_pass(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change_expected(bundle, list.clear)
+    def change(rows: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        rows.clear()
+        outputs["logits"] = outputs["logits"][:0]
+
+    change_expected(bundle, change)
     assert runner.main(["check", "--bundle", str(bundle)]) == 1
     assert capsys.readouterr().out.startswith("CHECK FAILED: 0 of 0 images")
 
@@ -1428,7 +1534,7 @@ def test_forward_prepares_images_as_the_spec_says(
     built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "spec.json").write_text(json.dumps(runner.read_manifest(built)["spec"]), encoding="utf-8")
-    rows = expected_rows(built)
+    rows, wanted = bundles.read_expected(built)
     images = [str(built / "check" / row["file"]) for row in rows]
     command = ["forward", "--model", str(built / "model.onnx"), "--output", str(tmp_path / "y.npz")]
     command += ["--spec", str(tmp_path / "spec.json"), "--images", *images]
@@ -1437,8 +1543,7 @@ def test_forward_prepares_images_as_the_spec_says(
     assert said["pixels_sha256"] == [row["pixels_sha256"] for row in rows]
     assert 0 < said["best_ms"] < 1000
     outputs = np.load(tmp_path / "y.npz")["logits"]
-    expected = np.concatenate([row["outputs"]["logits"] for row in rows])
-    assert outputs == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert outputs == pytest.approx(wanted["logits"], rel=1e-4, abs=1e-4)
     (tmp_path / "spec.json").write_text("{}", encoding="utf-8")
     assert runner.main(command) == 2
     (tmp_path / "spec.json").unlink()
