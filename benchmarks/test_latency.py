@@ -26,8 +26,10 @@ def test_forward(opened: Opened, measure: Measure) -> None:
 
 def test_postprocess(opened: Opened, measure: Measure) -> None:
     answer = opened.run.POSTPROCESS[opened.model.spec.task]
+    sizes = [opened.run.decode(data).shape[:2] for data in opened.data]
     outputs = [opened.model.session(blob) for blob in _blobs(opened)]
-    measure("postprocess", lambda output: answer(output, opened.model.spec, 5), outputs)
+    items = list(zip(outputs, sizes, strict=True))
+    measure("postprocess", lambda item: answer(item[0], opened.model.spec, item[1]), items)
 
 
 def test_end_to_end(opened: Opened, measure: Measure) -> None:

@@ -149,23 +149,29 @@ def _check_blobs(folder: RunFolder) -> np.ndarray:
 
 
 def _write_check(folder: RunFolder, shipped: _Shipped, check: Path) -> None:
-    """Copies the run's check images and writes what the network must answer for them, from their bytes."""
+    """Copies the run's check images and writes what the network must answer for them, from their bytes.
+
+    outputs.npz holds its outputs, (N, ...) each; expected.json has a row an image, in the same order.
+    """
     spec, files = folder.read_spec(), folder.check_images()
-    pixels = [runner.resize(runner.read_image(file), spec) for file in files]
+    images = [runner.read_image(file) for file in files]
+    pixels = [runner.resize(image, spec) for image in images]
     outputs = _answers(folder, shipped, runner.normalize(np.stack(pixels), spec))
     check.mkdir()
     rows = []
-    for number, source in enumerate(files):
+    for number, (source, image) in enumerate(zip(files, images, strict=True)):
         shutil.copyfile(source, check / source.name)
         answer = {name: array[number : number + 1] for name, array in outputs.items()}
+        results = runner.POSTPROCESS[spec.task](answer, spec, image.shape[:2])
         rows.append(
             {
                 "file": source.name,
                 "pixels_sha256": hashlib.sha256(pixels[number].tobytes()).hexdigest(),
-                "outputs": {name: _short(array) for name, array in answer.items()},
-                "results": runner.POSTPROCESS[spec.task](answer, spec, 5),
+                "results": runner.plain(results),
             }
         )
+    arrays: dict[str, Any] = outputs
+    np.savez(check / "outputs.npz", **arrays)  # without compression or a time: the same bytes each time
     write_json(check / "expected.json", {"images": rows})
 
 
@@ -174,11 +180,6 @@ def _answers(folder: RunFolder, shipped: _Shipped, blobs: np.ndarray) -> runner.
     if shipped.precision == "fp32":
         return tasks.forward(tasks.load(folder), blobs, folder.read_spec().task)
     return reference(shipped.file, blobs)
-
-
-def _short(array: np.ndarray) -> Any:
-    # Eight digits give back the same float32; fewer bytes than the float64 that JSON would print.
-    return np.vectorize(lambda x: float(f"{x:.8e}"), otypes=[float])(array).tolist()
 
 
 def _requirements(target: Target, proof: dict[str, Any]) -> list[str]:

@@ -72,38 +72,94 @@ def write_model(path: Path, classes: int = len(SPEC.class_names), seed: int = 0,
         helper.make_node("Flatten", ["mean"], ["flat"]),
         helper.make_node("Gemm", ["flat", "w3", "b3"], ["logits"], transB=1),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, *SPEC.input_size])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, classes])],
-        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
+    _save(path, SPEC, nodes, [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, classes])], weights)
+
+
+def write_detector(path: Path, spec: runner.Spec) -> None:
+    """The outputs that `runner.detect` reads: class 0 is what is light, class 1 what is dark, the others are colours.
+
+    Each cell sees a box around its middle, 3 cells wide and 2 high.
+    """
+    nodes, outputs, weights = [], [], {}
+    for stride in spec.strides:
+        cells = [spec.input_size[0] // stride, spec.input_size[1] // stride]
+        weights[f"w{stride}"] = _colours(len(spec.class_names), stride)
+        weights[f"b{stride}"] = np.full(len(spec.class_names), -4)
+        weights[f"v{stride}"] = np.zeros((4, 3, stride, stride))
+        weights[f"c{stride}"] = np.log([1.5, 1, 1.5, 1])
+        for kind, taps, bias, channels in (("classes", "w", "b", len(spec.class_names)), ("boxes", "v", "c", 4)):
+            names = ["image", f"{taps}{stride}", f"{bias}{stride}"]
+            nodes.append(helper.make_node("Conv", names, [f"{kind}_{stride}"], strides=[stride] * 2))
+            shape = [1, channels, *cells]
+            outputs.append(helper.make_tensor_value_info(f"{kind}_{stride}", TensorProto.FLOAT, shape))
+    _save(path, spec, nodes, outputs, weights)
+
+
+def write_segmenter(path: Path, spec: runner.Spec) -> None:
+    """ "logits" (1, C, h/4, w/4): class 0 is what is light, class 1 what is dark, the others are colours."""
+    count = len(spec.class_names)
+    shape = [1, count, spec.input_size[0] // 4, spec.input_size[1] // 4]
+    _save(
+        path,
+        spec,
+        [helper.make_node("Conv", ["image", "w", "b"], ["logits"], strides=[4, 4])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        {"w": _colours(count, 4), "b": np.zeros(count)},
     )
+
+
+def _colours(count: int, stride: int) -> np.ndarray:
+    """Of `count` convolutions the weights (count, 3, stride, stride): each is the mean of the channels, with signs."""
+    signs = np.array([[1, 1, 1], [-1, -1, -1], *np.random.default_rng(0).normal(0, 1, (count, 3))])[:count]
+    return np.broadcast_to(4 / 3 / stride**2 * signs[:, :, None, None], (count, 3, stride, stride))
+
+
+def _save(path: Path, spec: runner.Spec, nodes: list[Any], outputs: list[Any], weights: dict[str, np.ndarray]) -> None:
+    inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, *spec.input_size])]
+    tensors = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
 
 
 def write_bundle(folder: Path, spec: runner.Spec = SPEC, **manifest: Any) -> Path:
-    """A bundle that passes its own check; keywords replace entries of its manifest."""
+    """A bundle of any task that passes its own check; keywords replace entries of its manifest."""
     files = write_photos(folder / "check")
     shutil.copyfile(runner.__file__, folder / "run.py")
-    write_model(folder / "model.onnx", len(spec.class_names))
+    if spec.task == "classify":
+        write_model(folder / "model.onnx", len(spec.class_names))
+    else:
+        {"detect": write_detector, "segment": write_segmenter}[spec.task](folder / "model.onnx", spec)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    rows = []
+    names = [output.name for output in session.get_outputs()]
+    rows, outputs = [], []
     for file in files:
-        pixels = runner.resize(runner.read_image(file), spec)
-        (logits,) = session.run(["logits"], {"image": runner.normalize(pixels[None], spec)})
+        image = runner.read_image(file)
+        pixels = runner.resize(image, spec)
+        arrays = session.run(names, {"image": runner.normalize(pixels[None], spec)})
+        outputs.append(dict(zip(names, arrays, strict=True)))
         rows.append(
             {
                 "file": file.name,
                 "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
-                "outputs": {"logits": logits.tolist()},
-                "results": runner.classify({"logits": logits}, spec),
+                "results": runner.plain(runner.POSTPROCESS[spec.task](outputs[-1], spec, image.shape[:2])),
             }
         )
-    write_json(folder / "check" / "expected.json", {"images": rows})
+    write_expected(folder, rows, {name: np.concatenate([row[name] for row in outputs]) for name in names})
     proved = [{"opencv": cv2.__version__, "engine": engine} for engine in runner.engines()]
     sign(folder, **{"spec": spec.to_dict(), "proved": proved, **manifest})
     return folder
+
+
+def read_expected(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of check/expected.json, and the outputs, float32 (images, ...) each."""
+    with np.load(folder / "check" / "outputs.npz") as arrays:
+        outputs = {name: arrays[name] for name in arrays.files}
+    return json.loads((folder / "check" / "expected.json").read_text("utf-8"))["images"], outputs
+
+
+def write_expected(folder: Path, rows: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+    write_json(folder / "check" / "expected.json", {"images": rows})
+    np.savez(folder / "check" / "outputs.npz", **outputs)
 
 
 def sign(folder: Path, **changes: Any) -> None:

@@ -607,7 +607,7 @@ def test_weights_and_spec_belong_together() -> None:
         bgr = np.ascontiguousarray(load_sample_image(name)[..., ::-1])
         with torch.inference_mode():
             logits = model(torch.from_numpy(runner.preprocess(bgr, spec)))
-        best[name] = runner.classify({"logits": logits.numpy()}, spec, 1)[0]["label"]
+        best[name] = runner.classify({"logits": logits.numpy()}, spec, spec.input_size, 1)[0]["label"]
     assert best == {"flower.jpg": "daisy", "china.jpg": "bell cote, bell cot"}
 
 

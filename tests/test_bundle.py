@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from bundles import read_expected
 from onnx import numpy_helper
 
-from edgekit import runner
+from edgekit import runner, tasks
 from edgekit.artifacts import RunFolder, read_json, write_json
 from edgekit.bundle import bundle
 from edgekit.datasets import read_split
@@ -41,6 +42,7 @@ def test_a_bundle_holds_what_the_contract_says(built: Path, finished_run: Path) 
         "README.md",
         *(f"check/0{i}.png" for i in range(8)),
         "check/expected.json",
+        "check/outputs.npz",
         "manifest.json",
         "model.onnx",
         "requirements.txt",
@@ -57,6 +59,21 @@ def test_a_bundle_holds_what_the_contract_says(built: Path, finished_run: Path) 
     assert manifest["provenance"]["dataset_sha256"] == read_split(finished_run / "split.csv").sha256
     readme = (built / "README.md").read_text(encoding="utf-8")
     assert "python3 run.py check" in readme and "{" not in readme
+
+
+def test_the_check_has_the_networks_outputs_and_what_they_mean(built: Path, finished_run: Path) -> None:
+    rows, outputs = read_expected(built)
+    assert [set(row) for row in rows] == [{"file", "pixels_sha256", "results"}] * 8
+    run = RunFolder(finished_run)
+    spec, files = run.read_spec(), run.check_images()
+    assert [row["file"] for row in rows] == [file.name for file in files]
+    images = [runner.read_image(file) for file in files]
+    blobs = np.concatenate([runner.preprocess(image, spec) for image in images])
+    expected = tasks.forward(tasks.load(run), blobs)
+    assert outputs["logits"].dtype == np.float32
+    assert set(outputs) == set(expected) and np.array_equal(outputs["logits"], expected["logits"])
+    for row, image, logits in zip(rows, images, outputs["logits"], strict=True):
+        assert row["results"] == runner.classify({"logits": logits[None]}, spec, image.shape[:2])
 
 
 def test_the_same_run_gives_the_same_bytes(finished_run: Path, built: Path, tmp_path: Path) -> None:

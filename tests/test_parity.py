@@ -324,14 +324,14 @@ def test_one_right_engine_is_enough_beside_onnx_runtime() -> None:
 def from_files(tmp_path: Path) -> dict[str, Any]:
     """The arguments of compare_files, for a small network and four photos."""
     folder = bundles.write_bundle(tmp_path)
-    rows = json.loads((folder / "check" / "expected.json").read_text(encoding="utf-8"))["images"]
+    rows, outputs = bundles.read_expected(folder)
     (tmp_path / "spec.json").write_text(json.dumps(bundles.SPEC.to_dict()), encoding="utf-8")
     return {
         "model": folder / "model.onnx",
         "spec": tmp_path / "spec.json",
         "images": [folder / "check" / row["file"] for row in rows],
         "pixels_sha256": [row["pixels_sha256"] for row in rows],
-        "expected": {"logits": np.concatenate([np.array(row["outputs"]["logits"], np.float32) for row in rows])},
+        "expected": outputs,
         "tolerance": 1e-4,
         "tolerance_other_pixels": 0.05,
     }

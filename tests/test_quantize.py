@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from bundles import sign
+from bundles import read_expected, sign
 from onnx import helper, numpy_helper
 
 from edgekit import parity, quantize, report, runner
@@ -418,12 +418,12 @@ def test_a_bundle_of_each_precision(built: Callable[[str], Path], run: Path, pre
 
 
 def test_an_int8_bundle_expects_what_its_own_network_answers(built: Callable[[str], Path], run: Path) -> None:
-    rows = read_json(built("int8") / "check" / "expected.json")["images"]
+    rows, outputs = read_expected(built("int8"))
     spec = RunFolder(run).read_spec()
     files = [built("int8") / "check" / row["file"] for row in rows]
     blobs = np.concatenate([runner.preprocess(runner.read_image(file), spec) for file in files])
     expected = parity.reference(run / "model.int8.onnx", blobs)["logits"]
-    np.testing.assert_allclose(np.concatenate([row["outputs"]["logits"] for row in rows]), expected, rtol=1e-6)
+    assert np.array_equal(outputs["logits"], expected)
 
 
 def test_auto_ships_what_was_chosen(run: Path, tmp_path: Path) -> None:

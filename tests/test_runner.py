@@ -30,6 +30,7 @@ from edgekit.runner import Frame, RunnerError
 
 sizes = st.integers(1, 200)
 small_sizes = st.integers(1, 64)
+PHOTO = (480, 640)
 logits = hnp.arrays(np.float32, st.integers(1, 12), elements=st.floats(-1e4, 1e4, width=32))
 
 
@@ -90,7 +91,7 @@ def test_a_spec_survives_json() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("task", "segment"),
+        ("task", "pose"),
         ("task", ["classify"]),
         ("resize", "pad"),
         ("interpolation", "cubic"),
@@ -122,6 +123,49 @@ def test_a_spec_survives_json() -> None:
 def test_an_impossible_spec_is_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(RunnerError, match=f"the spec's {key} "):
         runner.Spec.from_dict({**SPEC.to_dict(), key: value})
+
+
+DETECTION = {"task": "detect", "strides": [8, 16, 32], "score_threshold": 0.3, "iou_threshold": 0.6}
+
+
+def test_a_detections_spec_survives_json_and_the_others_have_no_such_keys() -> None:
+    raw = {**SPEC.to_dict(), **DETECTION}
+    spec = runner.Spec.from_dict(json.loads(json.dumps(raw)))
+    assert spec == replace(SPEC, task="detect", strides=(8, 16, 32), score_threshold=0.3, iou_threshold=0.6)
+    assert spec.to_dict() == raw
+    for task in ("classify", "segment"):
+        with pytest.raises(RunnerError, match=r"keys differ.*iou_threshold, score_threshold, strides"):
+            runner.Spec.from_dict({**raw, "task": task})
+    with pytest.raises(RunnerError, match=r"keys differ.*iou_threshold, score_threshold, strides"):
+        runner.Spec.from_dict({**SPEC.to_dict(), "task": "detect"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("strides", []),
+        ("strides", [0]),
+        ("strides", [8.0]),
+        ("strides", 8),
+        ("score_threshold", 1.1),
+        ("score_threshold", None),
+        ("iou_threshold", -0.1),
+        ("iou_threshold", True),
+        ("iou_threshold", math.nan),
+    ],
+)
+def test_an_impossible_detection_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(RunnerError, match=f"the spec's {key} cannot be"):
+        runner.Spec.from_dict({**SPEC.to_dict(), **DETECTION, key: value})
+
+
+def test_a_class_map_has_eight_bits() -> None:
+    names = [f"class {i}" for i in range(256)]
+    raw = {**SPEC.to_dict(), "class_names": names}
+    assert len(runner.Spec.from_dict(raw).class_names) == 256
+    assert len(runner.Spec.from_dict({**raw, "task": "segment", "class_names": names[:255]}).class_names) == 255
+    with pytest.raises(RunnerError, match="the spec's class_names cannot be"):
+        runner.Spec.from_dict({**raw, "task": "segment"})
 
 
 @pytest.mark.parametrize(
@@ -407,7 +451,7 @@ def test_softmax_figures_and_rows() -> None:
 
 def test_classify_gives_whole_answers_best_first() -> None:
     outputs = {"logits": np.log(np.array([[0.1, 0.2, 0.05, 0.4, 0.05, 0.15, 0.05]], np.float32))}
-    answers = runner.classify(outputs, SPEC, 3)
+    answers = runner.classify(outputs, SPEC, PHOTO, 3)
     assert [(answer["label"], answer["class_id"]) for answer in answers] == [("Blüte", 3), ("flower", 1), ("leaf", 5)]
     assert [answer["score"] for answer in answers] == pytest.approx([0.4, 0.2, 0.15], rel=1e-6)
     assert [set(answer) for answer in answers] == [{"label", "class_id", "score"}] * 3
@@ -416,16 +460,23 @@ def test_classify_gives_whole_answers_best_first() -> None:
 
 def test_classify_gives_ties_in_class_order_and_all_for_zero() -> None:
     outputs = {"logits": np.array([[1, 2, 2, 1, 2, 1, 1]], np.float32)}
-    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, 0)] == [1, 2, 4, 0, 3, 5, 6]
-    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, 99)] == [1, 2, 4, 0, 3, 5, 6]
-    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC)] == [1, 2, 4, 0, 3]
-    assert sum(answer["score"] for answer in runner.classify(outputs, SPEC, 0)) == pytest.approx(1)
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 0)] == [1, 2, 4, 0, 3, 5, 6]
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 99)] == [1, 2, 4, 0, 3, 5, 6]
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO)] == [1, 2, 4, 0, 3]
+    assert sum(answer["score"] for answer in runner.classify(outputs, SPEC, PHOTO, 0)) == pytest.approx(1)
+
+
+def test_classify_leaves_out_what_scores_less_than_asked() -> None:
+    outputs = {"logits": np.array([[math.log(4), 0, math.log(2), -99, 0, -99, -99]], np.float32)}  # 1/2, 1/8, 1/4, ...
+    for least, classes in {0.2: [0, 2], 0.51: [], 0.12: [0, 2, 1, 4], 0.0: [0, 2, 1, 4, 3, 5, 6]}.items():
+        assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 0, least)] == classes
+    assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 1, 0.2)] == [0]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_classify_has_no_answer_for_an_output_that_is_no_number(value: float) -> None:
     with pytest.raises(RunnerError, match="not finite"):
-        runner.classify({"logits": np.array([[0, value, 0, 0, 0, 0, 0]], np.float32)}, SPEC)
+        runner.classify({"logits": np.array([[0, value, 0, 0, 0, 0, 0]], np.float32)}, SPEC, PHOTO)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -459,9 +510,10 @@ def test_a_session_names_the_engine_that_runs_and_answers_by_output_name(built: 
     assert session.engine == (runner.engines()[0] if engine == "auto" else engine)
     image = runner.read_image(built / "check" / "china.jpg")
     outputs = session(runner.preprocess(image, SPEC))
-    (row,) = [row for row in expected_rows(built) if row["file"] == "china.jpg"]
+    rows, wanted = bundles.read_expected(built)
+    (place,) = [number for number, row in enumerate(rows) if row["file"] == "china.jpg"]
     assert set(outputs) == {"logits"} and outputs["logits"].dtype == np.float32
-    np.testing.assert_allclose(outputs["logits"], row["outputs"]["logits"], rtol=1e-4)
+    np.testing.assert_allclose(outputs["logits"], wanted["logits"][place : place + 1], rtol=1e-4)
 
 
 def test_an_answer_is_not_overwritten_by_the_next(built: Path) -> None:
@@ -522,6 +574,7 @@ def test_a_manifest_is_read_when_every_file_is_the_one_that_was_built(built: Pat
         "check/china.jpg",
         "check/expected.json",
         "check/flower.jpg",
+        "check/outputs.npz",
         "check/petals.png",
         "check/roof.png",
         "model.onnx",
@@ -914,22 +967,24 @@ def test_a_picture_too_large_for_jpeg_is_told(tmp_path: Path) -> None:
 
 
 def expected_rows(bundle: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((bundle / "check" / "expected.json").read_text("utf-8"))["images"]
-    return rows
+    return bundles.read_expected(bundle)[0]
 
 
-def change_expected(bundle: Path, change: Callable[[list[dict[str, Any]]], None]) -> runner.Model:
+Change = Callable[[list[dict[str, Any]], dict[str, Any]], None]
+
+
+def change_expected(bundle: Path, change: Change) -> runner.Model:
     """A bundle with other expectations, signed again."""
-    rows = expected_rows(bundle)
-    change(rows)
-    (bundle / "check" / "expected.json").write_text(json.dumps({"images": rows}), "utf-8")
+    rows, outputs = bundles.read_expected(bundle)
+    change(rows, outputs)
+    bundles.write_expected(bundle, rows, outputs)
     bundles.sign(bundle)
     return runner.Model(bundle, threads=1)
 
 
-def times(factor: float) -> Callable[[list[dict[str, Any]]], None]:
-    def change(rows: list[dict[str, Any]]) -> None:
-        rows[0]["outputs"]["logits"] = (np.array(rows[0]["outputs"]["logits"]) * factor).tolist()
+def times(factor: float) -> Change:
+    def change(_: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        outputs["logits"][0] *= factor
 
     return change
 
@@ -957,25 +1012,123 @@ def test_outputs_inside_the_tolerance_pass(bundle: Path) -> None:
 
 @pytest.mark.parametrize(("factor", "ok"), [(1.04, True), (1.06, False)])
 def test_other_pixels_have_the_looser_tolerance(bundle: Path, factor: float, ok: bool) -> None:
-    def change(rows: list[dict[str, Any]]) -> None:
-        times(factor)(rows)
+    def change(rows: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        times(factor)(rows, outputs)
         rows[0]["pixels_sha256"] = "0" * 64
 
     row = runner.check(change_expected(bundle, change))[0]
     assert (row["pixels_identical"], row["ok"]) == (False, ok)
 
 
-def test_a_missing_output_another_shape_or_a_nan_fails(bundle: Path) -> None:
-    def change(rows: list[dict[str, Any]]) -> None:
-        rows[0]["outputs"]["boxes"] = [[1.0]]
-        rows[1]["outputs"]["logits"] = rows[1]["outputs"]["logits"][0]
-        rows[2]["outputs"]["logits"][0][0] = math.nan
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_a_missing_output_or_another_shape_fails(bundle: Path, fault: str) -> None:
+    def change(rows: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        if fault == "missing":
+            outputs["boxes"] = np.zeros((len(rows), 1), np.float32)
+        else:
+            outputs["logits"] = outputs["logits"][:, :3]
 
     rows = runner.check(change_expected(bundle, change))
-    assert [(row["ok"], row["relative_error"]) for row in rows[:3]] == [(False, None)] * 3
-    assert [row["actual"] for row in rows[:2]] == [[], []]
-    assert rows[3]["ok"]
+    assert [(row["ok"], row["relative_error"], row["actual"]) for row in rows] == [(False, None, [])] * 4
+
+
+def test_a_nan_fails(bundle: Path) -> None:
+    def change(_: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        outputs["logits"][2, 0] = math.nan
+
+    rows = runner.check(change_expected(bundle, change))
+    assert [(row["ok"], row["relative_error"] is None) for row in rows] == [(n != 2, n == 2) for n in range(4)]
     json.dumps(rows, allow_nan=False)
+
+
+def saved(save: Callable[..., None], *arguments: Any, **arrays: Any) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *arguments, **arrays)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, r"cannot be read \(No such file or directory\)"),
+        (b"", "is damaged"),
+        (b"no archive", "is damaged"),
+        (b"PK\3\4 cut off", "is damaged"),
+        (saved(np.save, np.zeros((4, 7), np.float32)), "is damaged"),
+        (saved(np.savez), "is damaged"),
+        (saved(np.savez, logits=np.float32(1)), "is damaged"),
+        (saved(np.savez, logits=np.zeros((4, 7), np.float32))[:-30], "is damaged"),
+        (saved(np.savez, logits=np.array([None] * 4)), "is damaged"),
+        (saved(np.savez, logits=np.zeros((3, 7), np.float32)), "is not of the images that it has"),
+    ],
+)
+def test_outputs_that_are_missing_or_damaged_are_told(bundle: Path, data: bytes | None, reason: str) -> None:
+    path = bundle / "check" / "outputs.npz"
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    bundles.sign(bundle)
+    with pytest.raises(RunnerError, match=rf"check/outputs\.npz {reason}: build the bundle again"):
+        runner.check(runner.Model(bundle, threads=1))
+
+
+DETECT = replace(
+    SPEC,
+    task="detect",
+    resize="letterbox",
+    input_size=(64, 96),
+    strides=(8, 16, 32),
+    score_threshold=0.3,
+    iou_threshold=0.6,
+)
+SEGMENT = replace(SPEC, task="segment", resize="letterbox", input_size=(64, 96))
+
+
+@pytest.mark.parametrize("spec", [DETECT, SEGMENT], ids=lambda spec: spec.task)
+def test_the_other_tasks_check_their_outputs_and_show_plain_answers(spec: runner.Spec, tmp_path: Path) -> None:
+    built = bundles.write_bundle(tmp_path / "bundle", spec)
+    model = runner.Model(built)
+    rows = runner.check(model)
+    assert [(row["ok"], row["pixels_identical"], row["reason"]) for row in rows] == [(True, True, "")] * 4
+    assert max(row["relative_error"] for row in rows) < 1e-5
+    for row, want in zip(rows, expected_rows(built), strict=True):
+        assert row["expected"] == want["results"] and len(row["expected"]) > 1
+        assert [result["label"] for result in row["actual"]] == [result["label"] for result in row["expected"]]
+        results = model(runner.read_image(built / "check" / row["file"]))
+        assert row["actual"] == runner.plain(results) == runner.plain(row["actual"])
+    _, outputs = bundles.read_expected(built)
+    outputs = {name: array + np.float32(0.01) * (name in ("boxes_16", "logits")) for name, array in outputs.items()}
+    bundles.write_expected(built, expected_rows(built), outputs)
+    bundles.sign(built)
+    assert not any(row["ok"] for row in runner.check(runner.Model(built)))
+
+
+@pytest.mark.parametrize("spec", [DETECT, SEGMENT], ids=lambda spec: spec.task)
+def test_benches_and_workers_take_every_task(spec: runner.Spec, tmp_path: Path) -> None:
+    model = runner.Model(bundles.write_bundle(tmp_path / "bundle", spec))
+    report = runner.bench(model, seconds=0.01)
+    assert report["postprocess_ms"]["p50"] > 0 and report["images_per_second"] > 0
+
+
+def box(label: str) -> dict[str, Any]:
+    return {"label": label, "class_id": 0, "score": 0.5, "box": [0.0, 0.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("results", "summary"),
+    [
+        ([], "-"),
+        ([{"label": "sky", "class_id": 4, "score": 0.9}, {"label": "sea", "class_id": 3, "score": 0.1}], "sky"),
+        ([box("RBC")], "1 box: 1 RBC"),
+        ([box("WBC"), box("RBC"), box("RBC"), box("WBC"), box("RBC")], "5 boxes: 3 RBC, 2 WBC"),
+        (
+            [{"label": name, "share": share} for name, share in zip("abcd", (0.6, 0.2496, 0.1, 0.05), strict=True)],
+            "60.0 % a, 25.0 % b, 10.0 % c",
+        ),
+    ],
+)
+def test_an_answer_in_a_few_words(results: list[dict[str, Any]], summary: str) -> None:
+    assert runner._summary(results) == summary
 
 
 def test_an_image_that_this_opencv_cannot_decode_fails_by_name(bundle: Path) -> None:
@@ -995,7 +1148,11 @@ def test_an_image_that_this_opencv_cannot_decode_fails_by_name(bundle: Path) -> 
 
 
 def test_a_check_of_no_images_does_not_pass(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change_expected(bundle, list.clear)
+    def change(rows: list[dict[str, Any]], outputs: dict[str, Any]) -> None:
+        rows.clear()
+        outputs["logits"] = outputs["logits"][:0]
+
+    change_expected(bundle, change)
     assert runner.main(["check", "--bundle", str(bundle)]) == 1
     assert capsys.readouterr().out.startswith("CHECK FAILED: 0 of 0 images")
 
@@ -1377,7 +1534,7 @@ def test_forward_prepares_images_as_the_spec_says(
     built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "spec.json").write_text(json.dumps(runner.read_manifest(built)["spec"]), encoding="utf-8")
-    rows = expected_rows(built)
+    rows, wanted = bundles.read_expected(built)
     images = [str(built / "check" / row["file"]) for row in rows]
     command = ["forward", "--model", str(built / "model.onnx"), "--output", str(tmp_path / "y.npz")]
     command += ["--spec", str(tmp_path / "spec.json"), "--images", *images]
@@ -1386,8 +1543,7 @@ def test_forward_prepares_images_as_the_spec_says(
     assert said["pixels_sha256"] == [row["pixels_sha256"] for row in rows]
     assert 0 < said["best_ms"] < 1000
     outputs = np.load(tmp_path / "y.npz")["logits"]
-    expected = np.concatenate([row["outputs"]["logits"] for row in rows])
-    assert outputs == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert outputs == pytest.approx(wanted["logits"], rel=1e-4, abs=1e-4)
     (tmp_path / "spec.json").write_text("{}", encoding="utf-8")
     assert runner.main(command) == 2
     (tmp_path / "spec.json").unlink()
