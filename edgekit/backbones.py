@@ -471,7 +471,7 @@ def trunk(name: str, strides: Sequence[int], *, pretrained: bool, weights: Path 
 
 
 def feature_maps(model: nn.Module, images: Tensor, strides: Sequence[int]) -> list[Tensor]:
-    """A trunk's maps for float32 (N, 3, h, w): for each stride s float32 (N, channels, h/s, w/s), in their order."""
+    """A trunk's maps for float32 (N, 3, h, w): for each stride s, from the finest, float32 (N, channels, h/s, w/s)."""
     maps: list[Tensor] = cast("Any", model).forward_intermediates(
         images, indices=_indices(model, strides), stop_early=True, intermediates_only=True
     )

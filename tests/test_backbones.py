@@ -31,10 +31,13 @@ from edgekit.backbones import (
     classifier_names,
     default_spec,
     examine,
+    feature_channels,
+    feature_maps,
     find,
     head,
     names,
     stages,
+    trunk,
 )
 from edgekit.errors import ConfigError, SetupError
 
@@ -416,6 +419,74 @@ def test_head_is_the_whole_last_part() -> None:
     ]
     distilled = without_values("deit_tiny_distilled_patch16_224")
     assert [*head(distilled).children()] == [distilled.head, distilled.head_dist]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Trunks
+
+STRIDES = (4, 8, 16, 32)
+
+
+def random_trunk(name: str, strides: tuple[int, ...] = STRIDES) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return trunk(name, strides, pretrained=False, weights=None)
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_every_recommended_backbone_is_a_trunk(name: str) -> None:
+    with torch.device("meta"):
+        model = random_trunk(name)
+        maps = feature_maps(model.eval(), torch.empty(1, 3, 64, 96), STRIDES)
+    assert [tuple(each.shape[2:]) for each in maps] == [(64 // s, 96 // s) for s in STRIDES]
+    assert [each.shape[1] for each in maps] == feature_channels(model, STRIDES)
+    # What is left has its names, its order, and its stages; what is gone came after the last map.
+    whole, left = without_values(name), model.state_dict()
+    assert [key for key in whole.state_dict() if key in left] == list(left)
+    names_ = [stage for stage, _ in stages(model)]
+    assert names_ == [stage for stage, _ in stages(whole)][: len(names_)]
+    assert not set(left) & {f"{layer}.weight" for layer in classifier_names(whole)}
+
+
+@pytest.mark.parametrize("name", [SMALL, "test_efficientnet", "test_convnext"])
+def test_a_trunk_computes_what_the_whole_network_does(name: str, tmp_path: Path) -> None:
+    whole = random_model(name, 5).eval()
+    save_file(whole.state_dict(), tmp_path / "w.safetensors")
+    model = trunk(name, STRIDES, pretrained=True, weights=tmp_path / "w.safetensors").eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        expected = [whole.forward_intermediates(images, intermediates_only=True)[i] for i in (-4, -3, -2, -1)]
+        assert all(map(torch.equal, feature_maps(model, images, STRIDES), expected))
+        assert torch.equal(feature_maps(model, images, (16,))[0], expected[2])
+        assert all(map(torch.equal, feature_maps(model, images, (8, 32)), expected[1::2]))
+
+
+def test_a_trunk_ends_with_the_last_map_that_is_asked_for() -> None:
+    assert [stage for stage, _ in stages(random_trunk(SMALL, (8, 16)))][-1] == "layer3"
+
+
+def test_the_defaults_trunk_has_the_packaged_weights() -> None:
+    model = trunk(backbones.DEFAULT, STRIDES, pretrained=True, weights=None)
+    expected = backbone_state(build(backbones.DEFAULT, 3, pretrained=True, weights=None))
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+    assert {key.split(".")[0] for key in set(expected) - set(model.state_dict())} == {"conv_head", "bn2"}
+
+
+def test_torchvisions_backbones_are_no_trunks() -> None:
+    with pytest.raises(ConfigError) as raised:
+        random_trunk("torchvision:resnet18")
+    assert str(raised.value) == (
+        "torchvision:resnet18 is torchvision's, and only timm's backbones give the feature maps that detection and "
+        f"segmentation need: take one of timm's ({', '.join(BACKBONES)})"
+    )
+
+
+def test_a_backbone_without_such_maps() -> None:
+    with pytest.raises(ConfigError) as raised:
+        random_trunk("deit_tiny_patch16_224")
+    assert str(raised.value) == (
+        "deit_tiny_patch16_224 has no feature maps of 4, 8, 16, 32 pixels a cell (it has: "
+        f"{', '.join(['16'] * 12)}): choose another backbone ({', '.join(BACKBONES)})"
+    )
 
 
 @pytest.mark.parametrize("name", [SMALL, "convnext_atto", "torchvision:squeezenet1_1", "torchvision:googlenet"])
@@ -815,3 +886,50 @@ def test_a_size_that_the_network_cannot_take(name: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         spec_of(name, (64, 96))
     assert str(raised.value) == message
+
+
+def detect_spec(name: str, input_size: tuple[int, int] | None = None, task: str = "detect") -> runner.Spec:
+    return default_spec(
+        name,
+        ("a", "b"),
+        task=task,
+        input_size=input_size,
+        resize="letterbox",
+        interpolation="linear",
+        score_threshold=0.3,
+        iou_threshold=0.6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "input_size", "size"),
+    [
+        ("tf_efficientnet_lite0", "detect", None, (320, 320)),
+        ("tf_efficientnet_lite0", "segment", None, (256, 256)),
+        ("tf_efficientnet_lite0", "classify", None, (224, 224)),
+        ("tinynet_e", "segment", (96, 128), (96, 128)),
+        ("swin_tiny_patch4_window7_224", "detect", None, (224, 224)),  # takes no other
+    ],
+)
+def test_the_other_tasks_specs(name: str, task: str, input_size: tuple[int, int] | None, size: tuple[int, int]) -> None:
+    found = detect_spec(name, input_size, task)
+    detection = (found.strides, found.score_threshold, found.iou_threshold)
+    assert (found.task, found.input_size, found.resize) == (task, size, "letterbox")
+    assert detection == (((8, 16, 32), 0.3, 0.6) if task == "detect" else ((), 0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [
+        ((300, 400), "288x384 pixels or 320x416 pixels"),
+        ((320, 400), "320x384 pixels or 320x416 pixels"),
+        ((33, 31), "32x32 pixels or 64x32 pixels"),
+    ],
+)
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_cells_must_cover_the_input(task: str, size: tuple[int, int], nearest: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        detect_spec("tf_efficientnet_lite0", size, task)
+    assert str(raised.value) == (
+        f"{task} needs sides that are multiples of 32 pixels, not {size[0]}x{size[1]} pixels: take {nearest}"
+    )

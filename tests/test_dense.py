@@ -56,7 +56,7 @@ def test_the_canvases_are_what_they_seem(run: RunFolder, task: Task) -> None:
     assert split.class_names == (names if task == "detect" else ("background", *names))
 
 
-def test_every_output_is_proved(run: RunFolder, task: Task) -> None:
+def test_every_output_is_proved(run: RunFolder) -> None:
     proof = read_json(run.parity)
     assert proof["ok"] is True
     assert {row["status"] for row in proof["verdicts"]} == {"ok"}
@@ -125,7 +125,7 @@ def test_a_resumed_run_is_the_same(run: RunFolder, task: Task, tmp_path: Path) -
     recipe = recipe.model_copy(update={"train": short})
     whole = finetune(recipe.model_copy(update={"name": "whole"}), data, tmp_path).run
 
-    def stop(epoch: object) -> None:
+    def stop(_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(Exception, match="interrupted"):

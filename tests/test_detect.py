@@ -1,3 +1,4 @@
+import json
 import math
 import time
 from dataclasses import asdict
@@ -114,7 +115,6 @@ def test_cells_inside_a_box_worked_by_hand() -> None:
     # The box from 4 to 28 holds the centres 12 and 20, in both directions: four cells.
     owner, target = assign(scores, boxes, centres, torch.tensor([[1.0, 4.0, 4.0, 28.0, 28.0]]))
     inside = [8 + 1, 8 + 2, 16 + 1, 16 + 2]
-    assert owner.nonzero().flatten().tolist() != []
     assert (owner >= 0).nonzero().flatten().tolist() == inside
     # Each 16x16 box lies wholly inside the 24x24 one: IoU 256/576, all aligned alike.
     assert target[inside].tolist() == pytest.approx([256 / 576] * 4)
@@ -149,21 +149,13 @@ def test_a_cell_goes_to_the_box_that_it_overlaps_most() -> None:
     owner, _ = assign(torch.full((64, 2), 0.5), around(centres, 8.0), centres, truth)
     both = [0, 1, 8, 9]  # in the small box, whose IoU with these cells' boxes is the larger one
     assert owner[both].tolist() == [0, 0, 0, 0]
-    assert (
-        int((owner == 1).sum())
-        == min(detect.CELLS, 16)
-        - sum(
-            cell in both
-            for cell in assign(torch.full((64, 2), 0.5), around(centres, 8.0), centres, truth[1:])[0].nonzero()
-        )
-        or int((owner == 1).sum()) > 0
-    )
+    assert int((owner == 1).sum()) in (9, 10)  # of the 16 in the large box 13; its four corners are equals
 
 
 def test_a_box_smaller_than_a_cell_gets_the_nearest_one_and_is_worth_learning() -> None:
     centres = cells_of(8, 4, 2)
     boxes = around(centres, 0.5)  # none meets the box
-    owner, target = assign(torch.full((84, 1), 0.01), boxes, centres, torch.tensor([[0.0, 8.5, 8.5, 10.5, 10.5]]))
+    owner, target = assign(torch.full((84, 1), 0.01), boxes, centres, torch.tensor([[0.0, 9.5, 9.5, 11.0, 11.0]]))
     assert (owner >= 0).nonzero().flatten().tolist() == [9]  # the centre (12, 12)
     assert float(target[9]) == pytest.approx(detect.LEAST_TARGET)
 
@@ -261,6 +253,7 @@ def test_the_loss_and_its_gradients_are_finite(seed: int, scale: float, boxes: l
     label = np.array([[c, left, top, right, bottom] for c, left, right, top, bottom in boxes], np.float32)
     found = loss(outputs, (label.reshape(-1, 5), np.zeros((0, 5), np.float32)), recipe())
     found.backward()
+    found = found.detach()
     assert found.dtype == torch.float32
     assert bool(torch.isfinite(found))
     assert all(bool(torch.isfinite(each.grad).all()) for each in outputs if each.grad is not None)
@@ -404,10 +397,8 @@ def test_nothing_to_measure() -> None:
 
 
 def test_figures_are_plain() -> None:
-    import json
-
     found = metrics(ANSWERS, TRUTH, NAMES).to_dict()
-    assert json.loads(json.dumps(found))["pr_curves"]["a"][0] == 1.0
+    assert json.loads(json.dumps(found))["pr_curves"]["a"][0] == pytest.approx(1.0)
     json.dumps([asdict(each) for each in mistakes(ANSWERS, TRUTH, NAMES)])
 
 
