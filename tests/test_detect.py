@@ -3,6 +3,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -335,6 +336,12 @@ def test_a_fake_quantized_network_learns() -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Figures
 
+
+def true(class_id: int, *edges: float) -> dict[str, Any]:
+    """A box of the truth as Mistake shows it."""
+    return {"label": NAMES[class_id], "class_id": class_id, "box": list(edges)}
+
+
 # Three boxes of "a"; the best answer is right, the next one lies in an image without boxes, the third is right.
 TRUTH = [
     sample("0.png", Box(0, 0, 0, 10, 10), Box(0, 20, 20, 40, 40)),
@@ -353,7 +360,7 @@ def test_metrics_worked_by_hand() -> None:
         map50=ap,
         map75=ap,
         best_f1_score=0.7,  # F1 from 0.9 on: 2/4, from 0.8: 2/5, from 0.7: 4/6
-        per_class=(ClassMetrics("a", 3, ap, ap, share, share, share), ClassMetrics("b", 0, 0, 0, 0, 0, 0)),
+        per_class=(ClassMetrics("a", 3, ap, ap, share, share, share), ClassMetrics("b", 0, None, None, 0, 0, 0)),
         pr_curves={"a": pytest.approx((1.0,) * 34 + (2 / 3,) * 33 + (0.0,) * 34)},
     )
     assert metric(ANSWERS, TRUTH) == ap
@@ -414,8 +421,8 @@ def test_mistakes_are_those_with_most_wrong_first() -> None:
         [answer(0, 0.95, 0, 0, 10, 10)],
     ]
     expected = (
-        Mistake("3.png", 2, 1, ((1, 0, 0, 10, 10), (2, 0, 0, 9, 9)), (answer(0, 0.75, 0, 0, 10, 10),)),
-        Mistake("0.png", 1, 0, ((0, 0, 0, 10, 10), (0, 20, 20, 40, 40)), (answer(0, 0.9, 0, 0, 10, 10),)),
+        Mistake("3.png", 2, 1, (true(1, 0, 0, 10, 10), true(2, 0, 0, 9, 9)), (answer(0, 0.75, 0, 0, 10, 10),)),
+        Mistake("0.png", 1, 0, (true(0, 0, 0, 10, 10), true(0, 20, 20, 40, 40)), (answer(0, 0.9, 0, 0, 10, 10),)),
         Mistake("2.png", 0, 1, (), (answer(0, 0.8, 1, 1, 30, 30),)),
     )
     assert mistakes(found, truth, NAMES) == expected

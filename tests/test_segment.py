@@ -290,17 +290,17 @@ def test_metrics_agree_with_torchmetrics(
     expected = multiclass_confusion_matrix(*both, num_classes=3, ignore_index=VOID)
     assert np.array(figures.confusion).tolist() == expected.tolist()
     each = multiclass_jaccard_index(*both, num_classes=3, ignore_index=VOID, average="none")
-    assert [row.iou for row in figures.per_class] == pytest.approx(each.tolist(), abs=1e-6)
+    assert [row.iou or 0.0 for row in figures.per_class] == pytest.approx(each.tolist(), abs=1e-6)
 
 
 def test_mistakes_are_the_worst_images_first(tmp_path: Path) -> None:
     truth = [sample(tmp_path, str(i), [[0, 1, 1, VOID]]) for i in range(4)]
     found = [answers_of(row) for row in ([[0, 1, 1, 2]], [[0, 0, 1, 1]], [[2, 2, 2, 2]], [[0, 0, 1, 1]])]
-    masks = [str(each.label.path) for each in truth if isinstance(each.label, Mask)]
+    masks = [(str(each.label.path), each.label.levels) for each in truth if isinstance(each.label, Mask)]
     expected = (
-        Mistake(str(truth[2].path), 0.0, masks[2], tuple(found[2])),
-        Mistake(str(truth[1].path), 0.5, masks[1], tuple(found[1])),
-        Mistake(str(truth[3].path), 0.5, masks[3], tuple(found[3])),
+        Mistake(str(truth[2].path), 0.0, *masks[2], tuple(found[2])),
+        Mistake(str(truth[1].path), 0.5, *masks[1], tuple(found[1])),
+        Mistake(str(truth[3].path), 0.5, *masks[3], tuple(found[3])),
     )
     assert mistakes(found, truth, NAMES) == expected
     assert mistakes(found, truth, NAMES, limit=1) == expected[:1]

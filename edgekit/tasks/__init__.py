@@ -58,7 +58,7 @@ def forward(model: torch.nn.Module, blobs: np.ndarray, task: str) -> runner.Outp
 
 
 def answers(outputs: runner.Outputs, spec: runner.Spec, sizes: Sequence[tuple[int, int]]) -> list[runner.Results]:
-    """Outputs, N rows each, of photos of these sizes, (height, width) → their plain answers, as the figures take them."""
+    """Outputs, N rows each, of photos of these sizes, (height, width) → their plain answers, as figures take them."""
     task = TASKS[spec.task]
     rows = ({name: array[i : i + 1] for name, array in outputs.items()} for i in range(len(sizes)))
     return [

@@ -234,15 +234,15 @@ def _serve_the_rest(owner: torch.Tensor, alignment: torch.Tensor, away: torch.Te
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """One class's share; a class without boxes has zeros and counts nowhere.
+    """One class's share; a class without boxes has no average precision and counts in no mean.
 
     precision, recall, f1: of the answers with a score of Metrics.best_f1_score or more, IoU 0.5.
     """
 
     label: str
-    boxes: int  # how many there truly are
-    ap50: float
-    ap: float  # mean over COCO's ten IoUs
+    support: int  # how many boxes there truly are
+    ap50: float | None
+    ap: float | None  # mean over COCO's ten IoUs
     precision: float
     recall: float
     f1: float
@@ -271,7 +271,7 @@ class Mistake:
     path: str
     missed: int  # boxes that no answer found
     false: int  # answers that found no box
-    truth: tuple[tuple[float, ...], ...]  # [class_id, left, top, right, bottom] in photo pixels
+    truth: tuple[dict[str, Any], ...]  # {"label", "class_id", "box": [left, top, right, bottom]} in photo pixels
     answers: tuple[dict[str, Any], ...]  # those that count
 
 
@@ -335,7 +335,7 @@ def mistakes(
             path=str(sample.path),
             missed=missed[i],
             false=false[i],
-            truth=tuple((box.class_id, box.left, box.top, box.right, box.bottom) for box in _boxes(sample)),
+            truth=tuple(_shown(box, class_names) for box in _boxes(sample)),
             answers=tuple(answer for answer in answers[i] if answer["score"] >= threshold),
         )
         for i, sample in enumerate(samples)
@@ -343,6 +343,11 @@ def mistakes(
     ]
     rows.sort(key=lambda row: (-row.missed - row.false, -max((a["score"] for a in row.answers), default=0), row.path))
     return tuple(rows[:limit])
+
+
+def _shown(box: Box, class_names: Sequence[str]) -> dict[str, Any]:
+    edges = [box.left, box.top, box.right, box.bottom]
+    return {"label": class_names[box.class_id], "class_id": box.class_id, "box": edges}
 
 
 def agreement(answers: Sequence[runner.Results], others: Sequence[runner.Results], spec: runner.Spec) -> float:
@@ -462,9 +467,9 @@ def _class_metrics(label: str, precision: np.ndarray, matches: Sequence[_Matches
     right = sum(int(each.right[each.scores >= threshold].sum()) for each in matches)
     return ClassMetrics(
         label=label,
-        boxes=truth,
-        ap50=_mean(precision[0]),
-        ap=_mean(precision),
+        support=truth,
+        ap50=_mean(precision[0]) if truth else None,
+        ap=_mean(precision) if truth else None,
         precision=right / counting if counting else 0.0,
         recall=right / truth if truth else 0.0,
         f1=2 * right / (counting + truth) if counting + truth else 0.0,

@@ -137,7 +137,7 @@ class ClassMetrics:
 
     label: str
     pixels: int  # that truly are of it
-    iou: float
+    iou: float | None  # None where it is in neither the truth nor the answers
     precision: float
     recall: float
     f1: float
@@ -164,6 +164,7 @@ class Mistake:
     path: str
     iou: float  # 0..1, mean over the classes in its truth or its answers
     mask: str  # path of the truth
+    levels: tuple[int, ...]  # its classes' values
     answers: tuple[dict[str, Any], ...]  # plain
 
 
@@ -189,7 +190,7 @@ def metrics(answers: Sequence[runner.Results], samples: Sequence[Sample], class_
             ClassMetrics(
                 label=name,
                 pixels=int(true[k]),
-                iou=_share(right[k], true[k] + predicted[k] - right[k]),
+                iou=_share(right[k], true[k] + predicted[k] - right[k]) if true[k] + predicted[k] else None,
                 precision=_share(right[k], predicted[k]),
                 recall=_share(right[k], true[k]),
                 f1=_share(2 * right[k], true[k] + predicted[k]),
@@ -210,7 +211,9 @@ def mistakes(
         if iou < 1 and table.any():
             rows.append((iou, str(sample.path), _mask(sample), results))
     rows.sort(key=lambda row: row[:2])
-    return tuple(Mistake(path, iou, str(mask.path), tuple(results)) for iou, path, mask, results in rows[:limit])
+    return tuple(
+        Mistake(path, iou, str(mask.path), mask.levels, tuple(results)) for iou, path, mask, results in rows[:limit]
+    )
 
 
 def agreement(answers: Sequence[runner.Results], others: Sequence[runner.Results], _: runner.Spec) -> float:
