@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -1097,7 +1098,7 @@ def test_a_legend_takes_no_more_than_half_of_an_image() -> None:
 
 
 class Slow:
-    """A writer that waits until it is let go, and fails at one frame."""
+    """A writer that waits until it is let go, fails at one frame, and takes its time from there on."""
 
     def __init__(self, fails_at: int = -1) -> None:
         self.may_go, self.done, self.fails_at = threading.Event(), list[Any](), fails_at
@@ -1106,6 +1107,7 @@ class Slow:
         assert self.may_go.wait(60)
         if frame.frame == self.fails_at:
             raise RunnerError("the disk is full")
+        time.sleep(0.05 if 0 <= self.fails_at < (frame.frame or 0) else 0)
         self.done.append((frame.frame, results, threading.get_ident()))
 
     def close(self) -> None:
@@ -1146,20 +1148,20 @@ def test_no_more_than_two_frames_wait() -> None:
     assert brought == [0, 1, 2] and [item[0] for item in slow.done[:3]] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("fails_at", [0, 1, 4])
+@pytest.mark.parametrize("fails_at", [0, 1, 3, 4])
 def test_what_a_writer_behind_raises_is_raised_here_and_the_rest_is_written(fails_at: int) -> None:
     slow = Slow(fails_at)
     slow.may_go.set()
     behind = runner.Behind(slow)  # type: ignore[arg-type]
     brought = []
-    with contextlib.closing(behind), pytest.raises(RunnerError, match="the disk is full"):
+    with pytest.raises(RunnerError, match="the disk is full"), contextlib.closing(behind):
         for number in range(5):
             behind.add(Frame("clip", frame=number), [])
             brought.append(number)
-        behind.close()
     assert fails_at in brought
-    written = [item[0] for item in slow.done if item != "closed"]
-    assert written == [number for number in brought if number != fails_at] and slow.done[-1] == "closed"
+    *written, closed = slow.done
+    assert [item[0] for item in written] == [number for number in brought if number != fails_at]
+    assert closed == "closed"
 
 
 def test_drawings_behind_are_whole_when_it_is_closed(tmp_path: Path) -> None:
