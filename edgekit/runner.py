@@ -339,8 +339,8 @@ def detect(
     None: the spec's score_threshold.
 
     → {"label", "class_id", "score", "box"}; box: [left, top, right, bottom] in pixels of the photo, inside it.
-    Of two boxes of one class with an IoU above the spec's iou_threshold, the one with the lower score is left out.
-    Raises RunnerError where the network gave NaN or infinite values.
+    Of two boxes of one class with an IoU above the spec's iou_threshold, the one with the lower score is left out; only
+    the CANDIDATES best are looked at. Raises RunnerError where the network gave NaN or infinite values.
     """
     threshold = spec.score_threshold if min_score is None else min_score
     candidates = np.hstack([_candidates(outputs, stride, threshold) for stride in spec.strides])
