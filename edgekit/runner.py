@@ -20,6 +20,7 @@ Python >= 3.8, OpenCV >= 4.5.4 and 5.0, numpy 1 and 2.
 from __future__ import annotations
 
 import argparse
+import colorsys
 import contextlib
 import ctypes
 import glob
@@ -37,7 +38,7 @@ import sys
 import time
 import zipfile
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Generator, Iterator, List, Sequence, Tuple
@@ -338,8 +339,8 @@ def detect(
     None: the spec's score_threshold.
 
     → {"label", "class_id", "score", "box"}; box: [left, top, right, bottom] in pixels of the photo, inside it.
-    Of two boxes of one class with an IoU above the spec's iou_threshold, the one with the lower score is left out.
-    Raises RunnerError where the network gave NaN or infinite values.
+    Of two boxes of one class with an IoU above the spec's iou_threshold, the one with the lower score is left out; only
+    the CANDIDATES best are looked at. Raises RunnerError where the network gave NaN or infinite values.
     """
     threshold = spec.score_threshold if min_score is None else min_score
     candidates = np.hstack([_candidates(outputs, stride, threshold) for stride in spec.strides])
@@ -469,6 +470,15 @@ def from_rle(rle: dict[str, Any]) -> np.ndarray:
     height, width = rle["size"]
     is_true = np.arange(len(rle["counts"])) % 2 == 1
     return np.ascontiguousarray(np.repeat(is_true, rle["counts"]).reshape(width, height).T)
+
+
+def class_map(results: Results, size: Size) -> np.ndarray:
+    """The masks of an answer, plain or not, in one: uint8 (height, width), the class of each pixel, or VOID."""
+    classes = np.full(size, VOID, np.uint8)
+    for result in results:
+        mask = result["mask"] if isinstance(result["mask"], np.ndarray) else from_rle(result["mask"])
+        np.copyto(classes, np.uint8(result["class_id"]), where=mask)
+    return classes
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -979,46 +989,129 @@ def _video_frames(name: str, address: Any, live: bool = False) -> Generator[Fram
 # Drawing
 
 
-def draw(image: np.ndarray, results: Results) -> np.ndarray:
-    """uint8 (H, W, 3) BGR → a copy, at least 320 px wide, with the three best answers written under the image."""
-    factor = math.ceil(320 / max(image.shape[:2]))
+def draw(image: np.ndarray, results: Results, spec: Spec) -> np.ndarray:
+    """uint8 (H, W, 3) BGR → a copy with the answers on it; images of less than 320 px are drawn larger.
+
+    Of classification the three best are written under the image. Boxes have their labels; classes of a segmentation are
+    a half transparent paint, with a legend, but for a first class that is called "background". All images of one size
+    give drawings of one size, so that they can be a video.
+    """
+    factor = math.ceil(320 / max(_size(image)))
     canvas = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
+    if spec.task == "detect":
+        return _draw_boxes(canvas, results, factor)
+    if spec.task == "segment":
+        return _draw_masks(canvas, results, _size(image))
+    return _draw_classes(canvas, results, min(3, len(spec.class_names)))
+
+
+def _draw_classes(canvas: np.ndarray, results: Results, lines: int) -> np.ndarray:
+    """A canvas of at least 320 px with so many lines below."""
     width = max(320, canvas.shape[1])
-    shown = results[:3]
+    shown = results[:lines]
     step = max(18, width * 3 // 64)  # from line to line; everything else is a share of it
-    below = step * len(shown) + step // 3
-    edges = (0, below, 0, width - canvas.shape[1])
-    canvas = cv2.copyMakeBorder(canvas, *edges, cv2.BORDER_CONSTANT, value=(32, 32, 32))
-    margin, scale, thickness = step // 3, step / 38, max(1, round(step / 24))
-    right = margin + _text_width("100.0 %", scale, thickness)  # where the scores end
+    below = step * lines + step // 3
+    more = width - canvas.shape[1]
+    canvas = cv2.copyMakeBorder(canvas, 0, below, 0, more, cv2.BORDER_CONSTANT, value=_DARK)
+    margin = step // 3
+    right = margin + _text_width("100.0 %", step)  # where the scores end
     column = right + 2 * margin
     for row, result in enumerate(shown):
-        # OpenCV 4's putText has ASCII only; the JSON line always has the true label.
-        label = result["label"] if result["label"].isascii() else f"class {result['class_id']}"
-        label = _cut(label, width - column - margin, scale, thickness)
-        y = canvas.shape[0] - step * (len(shown) - row - 1) - step // 2
+        label = _cut(_drawable(result), width - column - margin, step)
+        y = canvas.shape[0] - step * (lines - row - 1) - step // 2
         color = (255, 255, 255) if row == 0 else (170, 170, 170)
         score = f"{100 * result['score']:.1f} %"
-        for x, text in ((right - _text_width(score, scale, thickness), score), (column, label)):
-            cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, scale, color, thickness, cv2.LINE_AA)
+        for x, text in ((right - _text_width(score, step), score), (column, label)):
+            _write(canvas, text, x, y, step, color)
     return canvas
 
 
-def _cut(text: str, width: int, scale: float, thickness: int) -> str:
+def _draw_boxes(canvas: np.ndarray, results: Results, factor: int) -> np.ndarray:
+    step = _step(canvas)
+    thickness = max(2, round(step / 12))
+    for result in reversed(results):  # the best on top
+        left, top, right, bottom = (round(factor * edge) for edge in result["box"])
+        color = colour(result["class_id"])
+        cv2.rectangle(canvas, (left, top), (max(left, right - 1), max(top, bottom - 1)), color, thickness)
+    for result in reversed(results):
+        left, top = (round(factor * edge) for edge in result["box"][:2])
+        text = f"{_drawable(result)} {100 * result['score']:.0f} %"
+        _tag(canvas, text, left - thickness // 2, top - step if top >= step else top, colour(result["class_id"]), step)
+    return canvas
+
+
+def _draw_masks(canvas: np.ndarray, results: Results, size: Size) -> np.ndarray:
+    shown = [result for result in results if result["class_id"] or result["label"].lower() != "background"]
+    paint = np.zeros((256, 1, 3), np.uint8)
+    for result in shown:
+        paint[result["class_id"]] = colour(result["class_id"])
+    classes = class_map(shown, size)
+    if canvas.shape[:2] != size:
+        classes = cv2.resize(classes, canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    mixed = cv2.addWeighted(canvas, 0.5, cv2.applyColorMap(classes, paint), 0.5, 0)
+    canvas = cv2.copyTo(mixed, (classes != VOID).astype(np.uint8), canvas)
+    step = _step(canvas)
+    for row, result in enumerate(shown[: max(1, canvas.shape[0] // 2 // step)]):
+        text = f"{_drawable(result)} {100 * result['share']:.1f} %"
+        _tag(canvas, text, 0, row * step, colour(result["class_id"]), step)
+    return canvas
+
+
+_DARK = (32, 32, 32)
+
+
+def colour(class_id: int) -> tuple[int, int, int]:
+    """BGR, 0..255: of each class another hue, neighbours far apart (steps of the golden ratio)."""
+    bgr = colorsys.hsv_to_rgb(0.618034 * class_id % 1, 0.8, 0.95)[::-1]
+    return round(255 * bgr[0]), round(255 * bgr[1]), round(255 * bgr[2])
+
+
+def _step(canvas: np.ndarray) -> int:
+    """The height of a line of text on an image, in px."""
+    return max(16, max(_size(canvas)) // 40)
+
+
+def _tag(canvas: np.ndarray, text: str, x: int, y: int, ground: tuple[int, int, int], step: int) -> None:
+    """Text on a coloured ground, whose corner (x, y) is moved to where all of it is in the image."""
+    margin = step // 6
+    text = _cut(text, canvas.shape[1] - 2 * margin, step)
+    width = _text_width(text, step) + 2 * margin
+    x, y = max(0, min(x, canvas.shape[1] - width)), max(0, min(y, canvas.shape[0] - step))
+    cv2.rectangle(canvas, (x, y), (x + width - 1, y + step - 1), ground, cv2.FILLED)
+    is_light = 0.114 * ground[0] + 0.587 * ground[1] + 0.299 * ground[2] > 128
+    _write(canvas, text, x + margin, y + step * 3 // 4, step, _DARK if is_light else (255, 255, 255))
+
+
+def _drawable(result: dict[str, Any]) -> str:
+    """Its label. OpenCV 4's putText has ASCII only; the JSON line always has the true one."""
+    return result["label"] if result["label"].isascii() else f"class {result['class_id']}"
+
+
+def _write(canvas: np.ndarray, text: str, x: int, y: int, step: int, color: tuple[int, int, int]) -> None:
+    """x, y: of the text's lower left corner."""
+    cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, step / 38, color, max(1, round(step / 24)), cv2.LINE_AA)
+
+
+def _cut(text: str, width: int, step: int) -> str:
     """The text, shortened with dots to at most `width` px."""
     shown, length = text, len(text)
-    while length and _text_width(shown, scale, thickness) > width:
+    while length and _text_width(shown, step) > width:
         length -= 1
         shown = text[:length].rstrip() + "..."
     return shown
 
 
-def _text_width(text: str, scale: float, thickness: int) -> int:
-    return int(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)[0][0])
+def _text_width(text: str, step: int) -> int:
+    """Of lines that are `step` px high."""
+    return int(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, step / 38, max(1, round(step / 24)))[0][0])
 
 
-class Drawings:
-    """Writes drawn images (JPEG) and videos (Motion JPEG in AVI, which every OpenCV can write) into a folder.
+# ---------------------------------------------------------------------------------------------------------------
+# Writers: the files that `infer` makes beside its lines. Each has add(frame, results) and close()
+
+
+class NewFiles:
+    """Names of new files in a folder.
 
     A file that is there already is never written over: the folder may be the one that the images are in.
     """
@@ -1031,32 +1124,8 @@ class Drawings:
             raise RunnerError(f"cannot make the folder {folder}: {error.strerror}") from None
         self._folder = folder
         self._names: dict[str, int] = {}
-        self._video: tuple[str, Any] | None = None
 
-    def add(self, frame: Frame, results: Results) -> None:
-        """Draws one frame. Frames of one video follow each other and go into one file. Raises RunnerError."""
-        assert frame.image is not None
-        canvas = draw(frame.image, results)
-        if frame.frame is None:
-            self._write_image(self._free_name(frame.source, ".jpg"), canvas)
-            return
-        if self._video is None or self._video[0] != frame.source or frame.frame == 0:
-            self.close()
-            path = self._free_name(frame.source, ".avi")
-            size = (canvas.shape[1], canvas.shape[0])
-            writer = cv2.VideoWriter(_opencv_path(path), cv2.VideoWriter.fourcc(*"MJPG"), frame.fps or 25.0, size)
-            if not writer.isOpened():
-                raise RunnerError(f"OpenCV {cv2.__version__} cannot write the video {path}")
-            self._video = (frame.source, writer)
-        self._video[1].write(canvas)
-
-    def close(self) -> None:
-        """Ends the video that is being written."""
-        if self._video is not None:
-            self._video[1].release()
-            self._video = None
-
-    def _free_name(self, source: str, suffix: str) -> Path:
+    def name(self, source: str, suffix: str) -> Path:
         """NAME.jpg, or NAME-2.jpg, NAME-3.jpg, ... where that exists."""
         stem = Path(source.split("?")[0].rstrip("/")).stem.replace(":", "-") or "source"
         while True:
@@ -1065,19 +1134,169 @@ class Drawings:
             if not path.exists():
                 return path
 
-    @staticmethod
-    def _write_image(path: Path, canvas: np.ndarray) -> None:
+
+class Drawings:
+    """Writes drawn images (JPEG) and videos (Motion JPEG in AVI, which every OpenCV can write) into a folder."""
+
+    def __init__(self, folder: Path, spec: Spec) -> None:
+        """Makes the folder. Raises RunnerError where it cannot."""
+        self._files = NewFiles(folder)
+        self._spec = spec
+        self._video: tuple[tuple[str, Size], Any] | None = None  # what of, and its writer
+
+    def add(self, frame: Frame, results: Results) -> None:
+        """Draws one frame. Frames of one video and size follow each other and go into one file. Raises RunnerError."""
+        assert frame.image is not None
+        canvas = draw(frame.image, results, self._spec)
+        if frame.frame is None:
+            _write_image(self._files.name(frame.source, ".jpg"), canvas)
+            return
+        size = (canvas.shape[1], canvas.shape[0])
+        if self._video is None or self._video[0] != (frame.source, size) or frame.frame == 0:
+            self.close()
+            path = self._files.name(frame.source, ".avi")
+            writer = cv2.VideoWriter(_opencv_path(path), cv2.VideoWriter.fourcc(*"MJPG"), frame.fps or 25.0, size)
+            if not writer.isOpened():
+                raise RunnerError(f"OpenCV {cv2.__version__} cannot write the video {path}")
+            self._video = (frame.source, size), writer
+        self._video[1].write(canvas)
+
+    def close(self) -> None:
+        """Ends the video that is being written."""
+        if self._video is not None:
+            self._video[1].release()
+            self._video = None
+
+
+class Behind:
+    """A writer that works in a thread of its own, on one frame after the other, while the caller goes on.
+
+    At most two frames are waiting or being written; the caller waits for the first of them where it brings a third.
+    What the writer raises is raised at a later `add`, or at `close`, which waits until all is written.
+    """
+
+    def __init__(self, writer: Drawings) -> None:
+        self._writer = writer
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def add(self, frame: Frame, results: Results) -> None:
+        while len(self._waiting) >= 2:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._writer.add, frame, results))
+
+    def close(self) -> None:
         try:
-            ok, data = cv2.imencode(path.suffix, canvas)
-        except cv2.error:
-            ok = False
-        if not ok:
-            height, width = canvas.shape[:2]
-            raise RunnerError(f"OpenCV {cv2.__version__} cannot write {path}: {width} x {height} pixels are too many")
+            while self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown()
+            self._writer.close()
+
+
+class Masks:
+    """Writes class maps of a segmentation into a folder: grey PNG of the photo's size, each pixel its class or VOID."""
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder. Raises RunnerError where it cannot."""
+        self._files = NewFiles(folder)
+
+    def add(self, frame: Frame, results: Results) -> Path:
+        """→ the file. Raises RunnerError where it cannot be written."""
+        assert frame.image is not None
+        path = self._files.name(frame.source, ".png")
+        _write_image(path, class_map(results, _size(frame.image)))
+        return path
+
+
+class Yolo:
+    """Writes boxes into a folder, a text file an image: class_id, middle x and y, width, height, score a line.
+
+    All but the class are shares: of the photo's width or height, of 1.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder. Raises RunnerError where it cannot."""
+        self._files = NewFiles(folder)
+
+    def add(self, frame: Frame, results: Results) -> None:
+        """Raises RunnerError where the file cannot be written."""
+        assert frame.image is not None
+        height, width = _size(frame.image)
+        lines = []
+        for result in results:
+            left, top, right, bottom = result["box"]
+            shares = (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width
+            figures = (*shares, (bottom - top) / height, result["score"])
+            lines.append(" ".join([str(result["class_id"]), *(f"{figure:.6f}" for figure in figures)]) + "\n")
+        _write_file(self._files.name(frame.source, ".txt"), "".join(lines).encode())
+
+    def close(self) -> None:
+        """Nothing is left to be done."""
+
+
+class Coco:
+    """Boxes or masks of all the images, in one JSON file as COCO has it: images, categories, annotations.
+
+    A category's id is the class id; a frame of a video has its number beside the file's name. Of a segmentation, which
+    has no scores, there is an annotation for each class.
+    """
+
+    def __init__(self, path: Path, spec: Spec) -> None:
+        """Raises RunnerError where the file's folder is missing."""
+        if not path.absolute().parent.is_dir():
+            raise RunnerError(f"cannot write {path}: there is no folder {path.parent}")
+        self._path = path
+        self._categories = [{"id": number, "name": name} for number, name in enumerate(spec.class_names)]
+        self._images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
+
+    def add(self, frame: Frame, results: Results) -> None:
+        assert frame.image is not None
+        height, width = _size(frame.image)
+        image = {"id": len(self._images) + 1, "file_name": frame.source, "width": width, "height": height}
+        self._images.append(image if frame.frame is None else {**image, "frame": frame.frame})
+        for result in results:
+            named = {"id": len(self._annotations) + 1, "image_id": image["id"], "category_id": result["class_id"]}
+            self._annotations.append({**named, **_coco_shape(result), "iscrowd": 0})
+
+    def close(self) -> None:
+        """Writes the file. Raises RunnerError where it cannot."""
+        whole = {"images": self._images, "categories": self._categories, "annotations": self._annotations}
+        temporary = self._path.with_name(self._path.name + ".part")
+        _write_file(temporary, json.dumps(whole, ensure_ascii=False).encode("utf-8", "backslashreplace"))
         try:
-            path.write_bytes(data.tobytes())
+            temporary.replace(self._path)
         except OSError as error:
-            raise RunnerError(f"cannot write {path}: {error.strerror}") from None
+            raise RunnerError(f"cannot write {self._path}: {error.strerror}") from None
+
+
+def _coco_shape(result: dict[str, Any]) -> dict[str, Any]:
+    if "box" in result:
+        left, top, right, bottom = result["box"]
+        box = [round(value, 2) for value in (left, top, right - left, bottom - top)]
+        return {"bbox": box, "area": round((right - left) * (bottom - top), 2), "score": round(result["score"], 6)}
+    mask = result["mask"]
+    rectangle = list(cv2.boundingRect(mask.view(np.uint8)))
+    return {"bbox": rectangle, "area": int(np.count_nonzero(mask)), "segmentation": _rle(mask)}
+
+
+def _write_image(path: Path, image: np.ndarray) -> None:
+    try:
+        ok, data = cv2.imencode(path.suffix, image)
+    except cv2.error:
+        ok = False
+    if not ok:
+        height, width = _size(image)
+        raise RunnerError(f"OpenCV {cv2.__version__} cannot write {path}: {width} x {height} pixels are too many")
+    _write_file(path, data.tobytes())
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise RunnerError(f"cannot write {path}: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1372,24 +1591,41 @@ def _infer(args: argparse.Namespace) -> int:
         raise RunnerError("infer needs a SOURCE (image, folder, glob, video, URL) or --list FILE, or else --camera N")
     model = _open(args)
     _warn_unproved(model)
+    masks, writers = _writers(args, model.spec)
     stream = ahead(frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True))
-    drawings = Drawings(args.draw) if args.draw else None
     failed = False
-    try:
+    with contextlib.ExitStack() as stack:
+        for item in (stream, *writers):
+            stack.enter_context(contextlib.closing(item))
         for count, frame in enumerate(stream, start=1):
-            results, error = _answer(model, frame, args.top_k)
-            line = {**_line(frame, results, error), **({"fallback": model.session.backend} if model.fallback else {})}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            results, error = _answer(model, frame, args.top_k, args.min_score)
+            mask = masks.add(frame, results) if masks and not error else None
+            # what is told is written too, even where the run is interrupted in between
+            for writer in writers if not error else ():
+                writer.add(frame, results)
+            line = _line(frame, results, error, mask)
+            fallback = {"fallback": model.session.backend} if model.fallback else {}
+            print(json.dumps({**line, **fallback}, ensure_ascii=False), flush=True)
             failed = failed or bool(error)
-            if drawings and not error:
-                drawings.add(frame, results)
             if count == args.frames:
                 break
-    finally:
-        stream.close()
-        if drawings:
-            drawings.close()
     return 2 if failed else _done(model)
+
+
+def _writers(args: argparse.Namespace, spec: Spec) -> tuple[Masks | None, list[Behind | Coco | Yolo]]:
+    """Those that the options ask for. Raises RunnerError where one does not fit the task."""
+    fitting = {"masks": ("segment",), "coco": ("detect", "segment"), "yolo": ("detect",)}
+    for option, tasks in fitting.items():
+        if getattr(args, option) and spec.task not in tasks:
+            raise RunnerError(f"--{option} is for the task {' or '.join(tasks)}, and this bundle's is {spec.task}")
+    writers: list[Behind | Coco | Yolo] = []
+    if args.draw:
+        writers.append(Behind(Drawings(args.draw, spec)))
+    if args.coco:
+        writers.append(Coco(args.coco, spec))
+    if args.yolo:
+        writers.append(Yolo(args.yolo))
+    return Masks(args.masks) if args.masks else None, writers
 
 
 def _open(args: argparse.Namespace) -> Model:
@@ -1422,17 +1658,18 @@ def _done(model: Model) -> int:
     return 3 if model.fallback else 0
 
 
-def _answer(model: Model, frame: Frame, top_k: int | None) -> tuple[Results, str]:
+def _answer(model: Model, frame: Frame, top_k: int | None, min_score: float | None) -> tuple[Results, str]:
     """(results, "") or ([], the reason why there are none): one bad image does not end the run."""
     if frame.image is None:
         return [], frame.error
     try:
-        return model(frame.image, top_k), ""
+        return model(frame.image, top_k, min_score), ""
     except RunnerError as error:
         return [], str(error)
 
 
-def _line(frame: Frame, results: Results, error: str) -> dict[str, Any]:
+def _line(frame: Frame, results: Results, error: str, mask: Path | None) -> dict[str, Any]:
+    """mask: the file that has all the masks: then the results have none."""
     line: dict[str, Any] = {"source": frame.source}
     if frame.frame is not None:
         line["frame"] = frame.frame
@@ -1440,7 +1677,18 @@ def _line(frame: Frame, results: Results, error: str) -> dict[str, Any]:
         line["seconds"] = round(frame.seconds, 6)
     if error:
         return {**line, "error": error}
-    return {**line, "results": [{**result, "score": round(result["score"], 6)} for result in results]}
+    if mask:
+        line["mask"] = str(mask)
+        results = [{key: value for key, value in result.items() if key != "mask"} for result in results]
+    return {**line, "results": [_rounded(result) for result in plain(results)]}
+
+
+def _rounded(result: dict[str, Any]) -> dict[str, Any]:
+    """Scores and shares to 6 digits, edges to hundredths of a pixel."""
+    for key in ("score", "share"):
+        if key in result:
+            result = {**result, key: round(result[key], 6)}
+    return {**result, "box": [round(edge, 2) for edge in result["box"]]} if "box" in result else result
 
 
 def _read_list(path: str) -> list[str]:
@@ -1700,10 +1948,23 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument(
         "--frames", type=_count, default=0, metavar="N", help="stop after N frames (default 0: at the end)"
     )
-    infer.add_argument("--top-k", type=_count, default=5, metavar="K", help="classes a frame (default 5; 0: all)")
+    infer.add_argument(
+        "--top-k", type=_count, metavar="K", help="answers a frame (default: 5 of a classification, else all; 0: all)"
+    )
+    infer.add_argument(
+        "--min-score",
+        type=_share,
+        metavar="S",
+        help="no lower scores, of a segmentation no smaller shares, 0 to 1 (default: the bundle's threshold for boxes)",
+    )
     infer.add_argument(
         "--draw", type=Path, metavar="DIR", help="also write the images or video with the answers on them"
     )
+    infer.add_argument(
+        "--masks", type=Path, metavar="DIR", help="of a segmentation: grey PNG files, each pixel its class (255: none)"
+    )
+    infer.add_argument("--coco", type=Path, metavar="FILE", help="boxes or masks of all images in one COCO JSON file")
+    infer.add_argument("--yolo", type=Path, metavar="DIR", help="boxes: a text file an image, as YOLO has them")
     infer.set_defaults(run=_infer)
 
     check_ = commands.add_parser("check", parents=[common], help="prove that this device computes what was trained")
@@ -1753,6 +2014,13 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, found {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
 
 
 def _positive(text: str) -> float:

@@ -89,7 +89,7 @@ def write_detector(path: Path, spec: runner.Spec) -> None:
         weights[f"c{stride}"] = np.log([1.5, 1, 1.5, 1])
         for kind, taps, bias, channels in (("classes", "w", "b", len(spec.class_names)), ("boxes", "v", "c", 4)):
             names = ["image", f"{taps}{stride}", f"{bias}{stride}"]
-            nodes.append(helper.make_node("Conv", names, [f"{kind}_{stride}"], strides=[stride] * 2))
+            nodes.append(_cells(names, f"{kind}_{stride}", stride))
             shape = [1, channels, *cells]
             outputs.append(helper.make_tensor_value_info(f"{kind}_{stride}", TensorProto.FLOAT, shape))
     _save(path, spec, nodes, outputs, weights)
@@ -102,10 +102,15 @@ def write_segmenter(path: Path, spec: runner.Spec) -> None:
     _save(
         path,
         spec,
-        [helper.make_node("Conv", ["image", "w", "b"], ["logits"], strides=[4, 4])],
+        [_cells(["image", "w", "b"], "logits", 4)],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
         {"w": _colours(count, 4), "b": np.zeros(count)},
     )
+
+
+def _cells(inputs: list[str], output: str, stride: int) -> onnx.NodeProto:
+    """A convolution whose windows lie side by side."""
+    return helper.make_node("Conv", inputs, [output], kernel_shape=[stride] * 2, strides=[stride] * 2)
 
 
 def _colours(count: int, stride: int) -> np.ndarray:

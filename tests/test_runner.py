@@ -1,5 +1,6 @@
 """The device half, function by function: pixels, answers, sources, drawings, the bundle's proof."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(built: Path, tmp_path: Path) -> Path:
     """A bundle to spoil."""
     return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+DETECT = replace(
+    SPEC,
+    task="detect",
+    resize="letterbox",
+    input_size=(64, 96),
+    strides=(8, 16, 32),
+    score_threshold=0.3,
+    iou_threshold=0.6,
+)
+SEGMENT = replace(SPEC, task="segment", resize="letterbox", input_size=(64, 96))
 
 
 def png(image: np.ndarray) -> bytes:
@@ -555,7 +569,7 @@ def test_a_name_that_is_not_utf8_is_refused_where_opencv_would_crash(tmp_path: P
     ((_, error),) = told(runner.frames([str(folder)]))
     assert "whose name is not UTF-8" in str(error)
     with pytest.raises(RunnerError, match="whose name is not UTF-8"):
-        runner.Drawings(folder).add(Frame(str(video), image=some_image(4, 4), frame=0), ANSWERS)
+        runner.Drawings(folder, SPEC).add(Frame(str(video), image=some_image(4, 4), frame=0), ANSWERS)
 
 
 def test_a_network_that_cannot_run_raises_a_runner_error(built: Path) -> None:
@@ -876,7 +890,7 @@ ANSWERS = [
 )
 def test_a_drawing_is_the_image_with_the_answers_below(shape: tuple[int, int]) -> None:
     image = some_image(*shape)
-    drawn = runner.draw(image, ANSWERS)
+    drawn = runner.draw(image, ANSWERS, SPEC)
     factor = math.ceil(320 / max(shape))
     height, width = shape[0] * factor, shape[1] * factor
     assert drawn.dtype == np.uint8 and drawn.shape[1] == max(320, width)
@@ -886,31 +900,38 @@ def test_a_drawing_is_the_image_with_the_answers_below(shape: tuple[int, int]) -
     assert below.shape[0] > 50
     frame = np.concatenate([below[-3:].ravel(), below[:, :2].ravel(), below[:, -2:].ravel()])
     assert (frame == 32).all()  # no letter touches an edge
-    assert np.array_equal(runner.draw(image, ANSWERS[:3]), drawn)
+    assert np.array_equal(runner.draw(image, ANSWERS[:3], SPEC), drawn)
+    for fewer in (ANSWERS[:1], []):  # another frame of the same video
+        assert runner.draw(image, fewer, SPEC).shape == drawn.shape
+    two = runner.draw(image, ANSWERS[:2], replace(SPEC, class_names=("a", "b")))
+    assert two.shape[0] < drawn.shape[0] and np.array_equal(two[:height, :width], drawn[:height, :width])
 
 
 def test_a_label_that_cannot_be_drawn_is_its_number() -> None:
     image = some_image(40, 400)
     number = [{**ANSWERS[2], "label": "class 1"}]
-    assert np.array_equal(runner.draw(image, ANSWERS[2:3]), runner.draw(image, number))
-    assert not np.array_equal(runner.draw(image, number), runner.draw(image, [{**number[0], "label": "class 2"}]))
+    drawn = runner.draw(image, ANSWERS[2:3], SPEC)
+    assert np.array_equal(drawn, runner.draw(image, number, SPEC))
+    assert not np.array_equal(drawn, runner.draw(image, [{**number[0], "label": "class 2"}], SPEC))
 
 
 def test_no_answers_are_drawn_as_none() -> None:
     image = some_image(40, 400)
-    assert np.array_equal(runner.draw(image, [])[:40], image)
+    assert np.array_equal(runner.draw(image, [], SPEC)[:40], image)
+    assert np.array_equal(runner.draw(image, [], DETECT), image)
+    assert np.array_equal(runner.draw(image, [], SEGMENT), image)
 
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=80), st.integers(0, 400))
 def test_a_label_is_cut_to_its_place(text: str, width: int) -> None:
-    shown = runner._cut(text, width, 0.5, 1)
-    assert shown in ("", "...") or runner._text_width(shown, 0.5, 1) <= width
+    shown = runner._cut(text, width, 19)
+    assert shown in ("", "...") or runner._text_width(shown, 19) <= width
     assert shown == text or (shown.endswith("...") and text.startswith(shown[:-3]))
 
 
 def test_drawings_of_one_name_are_all_kept(tmp_path: Path) -> None:
     (tmp_path / "a-2.jpg").write_bytes(b"mine")
-    drawings = runner.Drawings(tmp_path)
+    drawings = runner.Drawings(tmp_path, SPEC)
     for source in ("x/a.png", "y/a.jpg", "z/a-2.png", "a-2", "rtsp://host:554", "http://host/b.jpg?q=1", "é/ü.png"):
         drawings.add(Frame(source, image=some_image(4, 4)), ANSWERS)
     drawings.close()
@@ -918,13 +939,13 @@ def test_drawings_of_one_name_are_all_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / "a-2.jpg").read_bytes() == b"mine"
     assert {runner.read_image(path).shape for path in tmp_path.glob("*.jpg") if path.name != "a-2.jpg"} == {
-        runner.draw(some_image(4, 4), ANSWERS).shape
+        runner.draw(some_image(4, 4), ANSWERS, SPEC).shape
     }
 
 
 @pytest.mark.parametrize(("fps", "written"), [(12.5, 12.5), (0.0, 25.0)])
 def test_drawn_videos_can_be_read_again(tmp_path: Path, fps: float, written: float) -> None:
-    drawings = runner.Drawings(tmp_path / "new" / "folder")
+    drawings = runner.Drawings(tmp_path / "new" / "folder", SPEC)
     images = [np.full((241, 321, 3), 60 * number, np.uint8) for number in range(3)]
     for source in ("clip.mp4", "clip.mp4", "other/clip.mp4"):  # the same one twice: two films
         for number, image in enumerate(images):
@@ -938,7 +959,7 @@ def test_drawn_videos_can_be_read_again(tmp_path: Path, fps: float, written: flo
         assert capture.get(cv2.CAP_PROP_FPS) == written
         for image in images:
             ok, read = capture.read()
-            drawn = runner.draw(image, ANSWERS)
+            drawn = runner.draw(image, ANSWERS, SPEC)
             assert ok and read.shape[0] in (drawn.shape[0], drawn.shape[0] - 1)
             assert np.abs(read[:200, :300].astype(int) - drawn[:200, :300]).max() < 8
         assert not capture.read()[0]
@@ -948,8 +969,8 @@ def test_drawn_videos_can_be_read_again(tmp_path: Path, fps: float, written: flo
 def test_a_folder_that_cannot_be_made_or_is_gone_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunnerError, match=r"cannot make the folder .*file"):
-        runner.Drawings(tmp_path / "file")
-    drawings = runner.Drawings(tmp_path / "gone")
+        runner.Drawings(tmp_path / "file", SPEC)
+    drawings = runner.Drawings(tmp_path / "gone", SPEC)
     (tmp_path / "gone").rmdir()
     with pytest.raises(RunnerError, match=r"cannot write .*a\.jpg: No such file"):
         drawings.add(Frame("a.png", image=some_image(4, 4)), ANSWERS)
@@ -959,7 +980,308 @@ def test_a_folder_that_cannot_be_made_or_is_gone_is_told(tmp_path: Path) -> None
 
 def test_a_picture_too_large_for_jpeg_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"cannot write .*long\.jpg"):
-        runner.Drawings(tmp_path).add(Frame("long.png", image=some_image(70_000, 1)), ANSWERS)
+        runner.Drawings(tmp_path, SPEC).add(Frame("long.png", image=some_image(70_000, 1)), ANSWERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drawing boxes and masks
+
+
+def some_box(class_id: int, *edges: float, score: float = 0.75) -> dict[str, Any]:
+    return {"label": SPEC.class_names[class_id], "class_id": class_id, "score": score, "box": list(edges)}
+
+
+def some_mask(class_id: int, mask: np.ndarray, label: str = "") -> dict[str, Any]:
+    label = label or SPEC.class_names[class_id]
+    return {"label": label, "class_id": class_id, "share": float(mask.mean()), "mask": mask}
+
+
+def test_the_classes_have_colours_that_are_far_apart() -> None:
+    colours = [runner.colour(class_id) for class_id in range(20)]
+    assert len(set(colours)) == 20 and all(0 <= level <= 255 for colour in colours for level in colour)
+    for count, least in ((3, 150), (8, 60), (20, 25)):
+        pairs = np.array(colours[:count], float)
+        distances = np.linalg.norm(pairs[:, None] - pairs, axis=2) + 1e3 * np.eye(count)
+        assert distances.min() > least
+    assert runner.colour(2**40) == runner.colour(2**40)
+
+
+@pytest.mark.parametrize("shape", [(427, 640), (1080, 1920), (300, 400)])
+def test_a_boxs_line_is_on_its_edges_in_its_colour(shape: tuple[int, int]) -> None:
+    height, width = shape
+    left, top, right, bottom = width // 4, height // 3, width // 2, height * 3 // 4
+    image = np.full((*shape, 3), 128, np.uint8)
+    drawn = runner.draw(image, [some_box(1, left, top, right, bottom)], DETECT)
+    assert drawn.shape == image.shape and (image == 128).all()
+    for y, x in (((top + bottom) // 2, left), ((top + bottom) // 2, right - 1), (bottom - 1, (left + right) // 2)):
+        assert tuple(drawn[y, x]) == runner.colour(1)
+    assert (drawn[top + 9 : bottom - 9, left + 9 : right - 9] == 128).all()  # nothing is painted over
+    label = drawn[:top, left:] != 128
+    assert label.any() and not (drawn[:, : left - 9] != 128).any() and not (drawn[bottom + 9 :] != 128).any()
+    assert (drawn[:top, left:].reshape(-1, 3) == runner.colour(1)).all(axis=1).sum() > 300  # the label's ground
+
+
+def test_the_best_box_is_on_top_and_labels_are_light_on_dark_and_dark_on_light() -> None:
+    image = np.full((1200, 1800, 3), 128, np.uint8)
+    boxes = [some_box(0, 150, 300, 900, 900, score=0.9), some_box(1, 150, 300, 900, 900, score=0.8)]
+    drawn = runner.draw(image, boxes, DETECT)
+    assert tuple(drawn[899, 600]) == runner.colour(0)
+    for class_id, ink in ((1, 255), (2, 32)):  # blue and yellow green
+        drawn = runner.draw(image, [some_box(class_id, 150, 300, 900, 900)], DETECT)
+        assert (drawn[255:300, 150:].reshape(-1, 3) == ink).all(axis=1).sum() > 50
+        assert not (drawn.reshape(-1, 3) == 287 - ink).all(axis=1).any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 700),
+    st.integers(1, 700),
+    st.lists(st.tuples(*[st.floats(0, 1)] * 4, st.integers(0, 6)), max_size=6),
+)
+def test_boxes_and_labels_stay_inside_any_image(
+    height: int, width: int, boxes: list[tuple[float, float, float, float, int]]
+) -> None:
+    image = np.zeros((height, width, 3), np.uint8)
+    results = [
+        some_box(class_id, min(x, u) * width, min(y, v) * height, max(x, u) * width, max(y, v) * height)
+        for x, y, u, v, class_id in boxes
+    ]
+    drawn = runner.draw(image, results, DETECT)
+    factor = math.ceil(320 / max(height, width))
+    assert drawn.shape == (factor * height, factor * width, 3)
+    assert drawn.any() == bool(boxes)
+
+
+def test_a_label_at_the_upper_right_corner_is_whole() -> None:
+    drawn = runner.draw(np.zeros((200, 640, 3), np.uint8), [some_box(1, 590, 0, 640, 50)], DETECT)
+    width = runner._text_width("flower 75 %", 16) + 4
+    assert (drawn[2:8, 640 - width : 640 - width + 2] == runner.colour(1)).all()
+    assert not drawn[:60, : 640 - width].any()
+
+
+def test_masks_are_half_transparent_and_the_background_is_left_alone() -> None:
+    image = some_image(400, 600)
+    mask = np.zeros((400, 600), bool)
+    mask[100:200, 300:] = True
+    for label, painted in (("sky", True), ("Background", False), ("background", False)):
+        drawn = runner.draw(image, [some_mask(0, ~mask, label), some_mask(2, mask)], SEGMENT)
+        assert drawn.shape == image.shape
+        half = (image.astype(int) + runner.colour(2)) / 2
+        assert np.abs(drawn[mask] - half[mask]).max() <= 1
+        below = (slice(200, None), slice(None))
+        wanted = (image.astype(int) + runner.colour(0)) / 2 if painted else image
+        assert np.abs(drawn[below].astype(int) - wanted[below]).max() <= painted
+        legend = [(drawn[y : y + 16, :200] == color).all(axis=2).sum() for y, color in ((0, runner.colour(2)),)]
+        assert (legend[0] > 300) != painted  # the first line, of the largest class that is painted
+
+
+def test_a_mask_that_is_plain_is_drawn_alike_and_a_small_image_larger() -> None:
+    image, mask = some_image(20, 30), np.eye(20, 30, dtype=bool)
+    drawn = runner.draw(image, [some_mask(3, mask)], SEGMENT)
+    assert drawn.shape == (220, 330, 3)
+    assert np.array_equal(drawn, runner.draw(image, runner.plain([some_mask(3, mask)]), SEGMENT))
+    assert np.abs(drawn[19 * 11 + 5, 19 * 11 + 5] - (image[19, 19].astype(int) + runner.colour(3)) / 2).max() <= 1
+    assert np.array_equal(drawn[-1, -1], image[-1, -1])
+
+
+def test_a_legend_takes_no_more_than_half_of_an_image() -> None:
+    image = np.zeros((100, 400, 3), np.uint8)
+    masks = np.arange(100 * 400).reshape(100, 400) % 7
+    results = [some_mask(class_id, masks == class_id) for class_id in range(7)]
+    drawn = runner.draw(image, results, SEGMENT)
+    full = [(drawn[:, :200] == runner.colour(result["class_id"])).all(axis=2).sum() > 100 for result in results]
+    assert full == [True] * 3 + [False] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writers
+
+
+class Slow:
+    """A writer that waits until it is let go, fails at one frame, and takes its time from there on."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.may_go, self.done, self.fails_at = threading.Event(), list[Any](), fails_at
+
+    def add(self, frame: Frame, results: runner.Results) -> None:
+        assert self.may_go.wait(60)
+        if frame.frame == self.fails_at:
+            raise RunnerError("the disk is full")
+        time.sleep(0.05 if 0 <= self.fails_at < (frame.frame or 0) else 0)
+        self.done.append((frame.frame, results, threading.get_ident()))
+
+    def close(self) -> None:
+        self.done.append("closed")
+
+
+def test_a_writer_behind_gets_all_frames_in_order_in_another_thread() -> None:
+    slow = Slow()
+    slow.may_go.set()
+    behind = runner.Behind(slow)  # type: ignore[arg-type]
+    for number in range(20):
+        behind.add(Frame("clip", frame=number), [{"label": str(number)}])
+        assert len(slow.done) >= number - 1
+    behind.close()
+    assert slow.done.pop() == "closed"
+    assert [(number, results[0]["label"]) for number, results, _ in slow.done] == [(n, str(n)) for n in range(20)]
+    (thread,) = {thread for _, _, thread in slow.done}
+    assert thread != threading.get_ident()
+
+
+def test_no_more_than_two_frames_wait() -> None:
+    slow = Slow()
+    behind = runner.Behind(slow)  # type: ignore[arg-type]
+    brought: list[int] = []
+
+    def bring() -> None:
+        for number in range(3):
+            behind.add(Frame("clip", frame=number), [])
+            brought.append(number)
+
+    thread = threading.Thread(target=bring)
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive() and brought == [0, 1] and slow.done == []
+    slow.may_go.set()
+    thread.join(60)
+    behind.close()
+    assert brought == [0, 1, 2] and [item[0] for item in slow.done[:3]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3, 4])
+def test_what_a_writer_behind_raises_is_raised_here_and_the_rest_is_written(fails_at: int) -> None:
+    slow = Slow(fails_at)
+    slow.may_go.set()
+    behind = runner.Behind(slow)  # type: ignore[arg-type]
+    brought = []
+    with pytest.raises(RunnerError, match="the disk is full"), contextlib.closing(behind):
+        for number in range(5):
+            behind.add(Frame("clip", frame=number), [])
+            brought.append(number)
+    assert fails_at in brought
+    *written, closed = slow.done
+    assert [item[0] for item in written] == [number for number in brought if number != fails_at]
+    assert closed == "closed"
+
+
+def test_drawings_behind_are_whole_when_it_is_closed(tmp_path: Path) -> None:
+    behind = runner.Behind(runner.Drawings(tmp_path, DETECT))
+    for number in range(9):
+        frame = Frame("clip.mp4", image=np.full((240, 320, 3), 20 * number, np.uint8), frame=number, fps=5.0)
+        behind.add(frame, [some_box(number % 3, 50, 60, 200, 200)])
+    behind.close()
+    capture = cv2.VideoCapture(str(tmp_path / "clip.avi"))
+    for number in range(9):
+        ok, image = capture.read()
+        assert ok and np.abs(image[100:190, 70:190].astype(int) - 20 * number).max() < 8
+        assert np.abs(image[199, 100:190].astype(int) - runner.colour(number % 3)).mean() < 60
+    assert not capture.read()[0]
+    capture.release()
+
+
+def test_a_stream_that_changes_its_size_goes_on_in_another_file(tmp_path: Path) -> None:
+    drawings = runner.Drawings(tmp_path, DETECT)
+    for number, size in enumerate([(240, 320)] * 2 + [(480, 640)] * 3):
+        drawings.add(Frame("rtsp://cam/live", image=some_image(*size), frame=number), [])
+    drawings.close()
+    counts = {}
+    for path in tmp_path.iterdir():
+        capture = cv2.VideoCapture(str(path))
+        counts[path.name] = sum(1 for _ in iter(lambda: capture.read()[0], False))  # noqa: B023 - used here only
+        capture.release()
+    assert counts == {"live.avi": 2, "live-2.avi": 3}
+
+
+def test_class_maps_are_grey_pngs_of_new_names(tmp_path: Path) -> None:
+    classes = np.random.default_rng(0).integers(0, 4, (37, 53))
+    results = [some_mask(class_id, classes == class_id) for class_id in (3, 0, 1)]
+    (tmp_path / "a.png").write_bytes(b"the photo itself")
+    masks = runner.Masks(tmp_path)
+    paths = [masks.add(Frame(source, image=some_image(37, 53)), results) for source in ("a.png", "b/ü.jpg", "a.jpg")]
+    assert [path.name for path in paths] == ["a-2.png", "ü.png", "a-3.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"the photo itself"
+    written = np.array(Image.open(paths[0]))
+    assert written.dtype == np.uint8 and np.array_equal(written, np.where(classes == 2, 255, classes))
+    assert np.array_equal(runner.class_map(runner.plain(results), (37, 53)), written)
+
+
+def test_yolos_lines_are_worked_by_hand(tmp_path: Path) -> None:
+    yolo = runner.Yolo(tmp_path / "labels")
+    boxes = [some_box(2, 10, 20, 30, 60, score=0.875), some_box(0, 0, 0, 200, 100, score=0.1234567)]
+    yolo.add(Frame("photos/a.jpg", image=some_image(100, 200)), boxes)
+    yolo.add(Frame("photos/none.jpg", image=some_image(100, 200)), [])
+    yolo.close()
+    assert (tmp_path / "labels" / "a.txt").read_text() == (
+        "2 0.100000 0.400000 0.100000 0.400000 0.875000\n0 0.500000 0.500000 1.000000 1.000000 0.123457\n"
+    )
+    assert (tmp_path / "labels" / "none.txt").read_bytes() == b""
+
+
+def test_cocos_file_is_worked_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    path.write_text("of an earlier run")
+    spec = replace(DETECT, class_names=("RBC", "Blüte"))
+    coco = runner.Coco(path, spec)
+    coco.add(Frame("a.jpg", image=some_image(100, 200)), [some_box(1, 10, 20, 30.126, 60, score=0.12345678)])
+    coco.add(Frame("b.jpg", image=some_image(4, 3)), [])
+    coco.add(Frame("c.avi", image=some_image(4, 3), frame=7), [some_box(0, 0, 0, 1, 1), some_box(1, 1, 1, 2, 4)])
+    assert path.read_text() == "of an earlier run"
+    coco.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.json"]
+    assert json.loads(path.read_text("utf-8")) == {
+        "images": [
+            {"id": 1, "file_name": "a.jpg", "width": 200, "height": 100},
+            {"id": 2, "file_name": "b.jpg", "width": 3, "height": 4},
+            {"id": 3, "file_name": "c.avi", "width": 3, "height": 4, "frame": 7},
+        ],
+        "categories": [{"id": 0, "name": "RBC"}, {"id": 1, "name": "Blüte"}],
+        "annotations": [
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": 1,
+                "bbox": [10, 20, 20.13, 40],
+                "area": 805.04,
+                "score": 0.123457,
+                "iscrowd": 0,
+            },
+            {"id": 2, "image_id": 3, "category_id": 0, "bbox": [0, 0, 1, 1], "area": 1, "score": 0.75, "iscrowd": 0},
+            {"id": 3, "image_id": 3, "category_id": 1, "bbox": [1, 1, 1, 3], "area": 3, "score": 0.75, "iscrowd": 0},
+        ],
+    }
+
+
+def test_cocos_masks_are_runs(tmp_path: Path) -> None:
+    mask = np.zeros((4, 3), bool)
+    mask[1:3, 1] = True
+    coco = runner.Coco(tmp_path / "answers.json", SEGMENT)
+    coco.add(Frame("a.jpg", image=some_image(4, 3)), [some_mask(0, ~mask), some_mask(5, mask)])
+    coco.close()
+    first, second = json.loads((tmp_path / "answers.json").read_text("utf-8"))["annotations"]
+    assert (first["bbox"], first["area"]) == ([0, 0, 3, 4], 10)
+    assert second == {
+        "id": 2,
+        "image_id": 1,
+        "category_id": 5,
+        "bbox": [1, 1, 1, 2],
+        "area": 2,
+        "segmentation": {"size": [4, 3], "counts": [5, 2, 5]},
+        "iscrowd": 0,
+    }
+    assert np.array_equal(runner.from_rle(second["segmentation"]), mask)
+
+
+def test_files_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"cannot write .*a\.json: there is no folder .*none"):
+        runner.Coco(tmp_path / "none" / "a.json", DETECT)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(RunnerError, match=r"cannot write .*folder\.json: Is a directory"):
+        runner.Coco(tmp_path / "folder.json", DETECT).close()
+    for writer in (runner.Yolo(tmp_path / "gone"), runner.Masks(tmp_path / "gone")):
+        shutil.rmtree(tmp_path / "gone")
+        with pytest.raises(RunnerError, match=r"cannot write .*a\.(txt|png): No such file"):
+            writer.add(Frame("a.jpg", image=some_image(4, 4)), [])
+        (tmp_path / "gone").mkdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1070,18 +1392,6 @@ def test_outputs_that_are_missing_or_damaged_are_told(bundle: Path, data: bytes 
     bundles.sign(bundle)
     with pytest.raises(RunnerError, match=rf"check/outputs\.npz {reason}: build the bundle again"):
         runner.check(runner.Model(bundle, threads=1))
-
-
-DETECT = replace(
-    SPEC,
-    task="detect",
-    resize="letterbox",
-    input_size=(64, 96),
-    strides=(8, 16, 32),
-    score_threshold=0.3,
-    iou_threshold=0.6,
-)
-SEGMENT = replace(SPEC, task="segment", resize="letterbox", input_size=(64, 96))
 
 
 @pytest.mark.parametrize("spec", [DETECT, SEGMENT], ids=lambda spec: spec.task)
@@ -1478,6 +1788,9 @@ def test_numbers_on_the_command_line_are_told_when_they_are_none(capsys: pytest.
         ("infer", "--top-k", "-1"): "expected a whole number, 0 or more, found '-1'",
         ("infer", "--frames", "1.5"): "expected a whole number, 0 or more, found '1.5'",
         ("infer", "--threads", "two"): "expected a whole number, 0 or more, found 'two'",
+        ("infer", "--min-score", "1.5"): "expected a number from 0 to 1, found '1.5'",
+        ("infer", "--min-score", "nan"): "expected a number from 0 to 1, found 'nan'",
+        ("infer", "--min-score", "low"): "expected a number from 0 to 1, found 'low'",
         ("bench", "--seconds", "0"): "expected a number above 0, found '0'",
         ("bench", "--seconds", "inf"): "expected a number above 0, found 'inf'",
         ("bench", "--seconds", "nan"): "expected a number above 0, found 'nan'",

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,28 @@ HERE = {"opencv": cv2.__version__, "backend": "opencv/cpu", "precision": "fp32",
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle to use, not to change. Its path has blanks and letters of other alphabets."""
     return bundles.write_bundle(tmp_path_factory.mktemp("built") / "zwölf сигналы 信号 1")
+
+
+DETECT = replace(
+    bundles.SPEC,
+    task="detect",
+    input_size=(64, 96),
+    resize="letterbox",
+    strides=(8, 16, 32),
+    score_threshold=0.3,
+    iou_threshold=0.5,
+)
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundles.write_bundle(tmp_path_factory.mktemp("built") / "detector", DETECT)
+
+
+@pytest.fixture(scope="session")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = replace(bundles.SPEC, task="segment", input_size=(64, 96))
+    return bundles.write_bundle(tmp_path_factory.mktemp("built") / "segmenter", spec)
 
 
 @pytest.fixture
@@ -165,7 +189,7 @@ def test_infer_draws(built: Path, photos: Path, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn" / "here"
     assert sorted(path.name for path in drawn.iterdir()) == ["a-2.jpg", "a.jpg", "b.jpg", "clip.avi"]
     image = runner.read_image(photos / "a.jpg")
-    wanted = runner.draw(image, lines(answer)[0]["results"])
+    wanted = runner.draw(image, lines(answer)[0]["results"], bundles.SPEC)
     assert wanted.shape[0] > image.shape[0]
     assert np.abs(runner.read_image(drawn / "a.jpg").astype(int) - wanted).mean() < 4
     capture = cv2.VideoCapture(str(drawn / "clip.avi"))
@@ -186,6 +210,183 @@ def test_drawing_into_the_images_own_folder_leaves_them_alone(built: Path, photo
         "clip.avi",
         "deep",
     ]
+
+
+def test_infer_min_score(built: Path, photos: Path) -> None:
+    (everything,) = lines(run(built, "infer", photos / "a.jpg", "--top-k", "0"))
+    least = everything["results"][2]["score"] - 1e-5
+    (line,) = lines(run(built, "infer", photos / "a.jpg", "--min-score", str(least)))
+    assert line["results"] == everything["results"][:3]
+
+
+def test_infer_finds_boxes(detector: Path, photos: Path, tmp_path: Path) -> None:
+    options = ("--draw", "drawn", "--coco", "answers.json", "--yolo", "labels")
+    answer = run(detector, "infer", "my photos", "bad/empty.png", *options, cwd=tmp_path)
+    assert (answer.returncode, answer.stderr) == (2, "")
+    *told, bad = lines(answer)
+    assert bad == {"source": "bad/empty.png", "error": "the file is empty"}
+    model = runner.Model(detector, threads=1)
+    expected = model(runner.read_image(photos / "a.jpg"))
+    assert len(expected) > 3 and all(result["score"] >= DETECT.score_threshold for result in expected)
+    assert told[0] == {
+        "source": "my photos/a.jpg",
+        "results": [
+            {**result, "score": round(result["score"], 6), "box": [round(edge, 2) for edge in result["box"]]}
+            for result in expected
+        ],
+    }
+    # COCO: the images that were answered, and every box of theirs
+    coco = json.loads((tmp_path / "answers.json").read_text("utf-8"))
+    assert [category["name"] for category in coco["categories"]] == list(DETECT.class_names)
+    assert [(image["file_name"], image.get("frame")) for image in coco["images"]] == [
+        (line["source"], line.get("frame")) for line in told
+    ]
+    assert (coco["images"][0]["width"], coco["images"][0]["height"]) == (640, 427)
+    for image, line in zip(coco["images"], told, strict=True):
+        found = [item for item in coco["annotations"] if item["image_id"] == image["id"]]
+        assert [(item["category_id"], item["score"]) for item in found] == [
+            (result["class_id"], result["score"]) for result in line["results"]
+        ]
+        for item, result in zip(found, line["results"], strict=True):
+            left, top, width, height = item["bbox"]
+            assert [left, top, left + width, top + height] == pytest.approx(result["box"], abs=0.011)
+    # YOLO: a file an image and frame
+    names = ["a.txt", "b.txt", "clip-2.txt", "clip-3.txt", "clip-4.txt", "clip-5.txt", "clip.txt"]
+    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == names
+    rows = [line.split() for line in (tmp_path / "labels" / "a.txt").read_text().splitlines()]
+    for row, result in zip(rows, told[0]["results"], strict=True):
+        x, y, width, height, score = map(float, row[1:])
+        edges = [(x - width / 2) * 640, (y - height / 2) * 427, (x + width / 2) * 640, (y + height / 2) * 427]
+        assert (int(row[0]), score) == (result["class_id"], result["score"])
+        assert edges == pytest.approx(result["box"], abs=0.01)
+    # Drawings
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.jpg", "b.jpg", "clip.avi"]
+    wanted = runner.draw(runner.read_image(photos / "a.jpg"), expected, DETECT)
+    assert (tmp_path / "drawn" / "a.jpg").read_bytes() == cv2.imencode(".jpg", wanted)[1].tobytes()
+
+
+def test_infer_of_boxes_takes_another_threshold_and_number(detector: Path, photos: Path) -> None:
+    (some,) = lines(run(detector, "infer", photos / "a.jpg"))
+    (more,) = lines(run(detector, "infer", photos / "a.jpg", "--min-score", "0.01", "--top-k", "0"))
+    (few,) = lines(run(detector, "infer", photos / "a.jpg", "--min-score", "0.01", "--top-k", "2"))
+    assert len(more["results"]) > len(some["results"]) > 2
+    assert few["results"] == more["results"][:2]
+    assert [result for result in more["results"] if result["score"] >= DETECT.score_threshold] == some["results"]
+
+
+def test_infer_finds_classes_of_pixels(segmenter: Path, photos: Path, tmp_path: Path) -> None:
+    answer = run(segmenter, "infer", "my photos", "--draw", "drawn", "--coco", "answers.json", cwd=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    told = lines(answer)
+    expected = runner.Model(segmenter, threads=1)(runner.read_image(photos / "a.jpg"))
+    assert len(expected) > 2
+    assert told[0]["results"] == [{**result, "share": round(result["share"], 6)} for result in runner.plain(expected)]
+    assert sum(result["share"] for result in told[0]["results"]) == pytest.approx(1, abs=1e-5)
+    coco = json.loads((tmp_path / "answers.json").read_text("utf-8"))
+    found = [item for item in coco["annotations"] if item["image_id"] == 1]
+    assert [(item["category_id"], item["segmentation"]) for item in found] == [
+        (result["class_id"], result["mask"]) for result in told[0]["results"]
+    ]
+    assert sum(item["area"] for item in found) == 640 * 427
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.jpg", "b.jpg", "clip.avi"]
+
+
+def test_infer_writes_masks_instead_of_telling_them(segmenter: Path, photos: Path, tmp_path: Path) -> None:
+    plain = lines(run(segmenter, "infer", "my photos", cwd=tmp_path))
+    answer = run(segmenter, "infer", "my photos", "--masks", "new/masks", cwd=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    for line, want in zip(lines(answer), plain, strict=True):
+        mask = cv2.imread(str(tmp_path / line.pop("mask")), cv2.IMREAD_UNCHANGED)
+        assert mask.dtype == np.uint8 and np.array_equal(mask, runner.class_map(want["results"], mask.shape))
+        assert line == {**want, "results": [{k: v for k, v in r.items() if k != "mask"} for r in want["results"]]}
+    names = ["a.png", "b.png", "clip-2.png", "clip-3.png", "clip-4.png", "clip-5.png", "clip.png"]
+    assert sorted(path.name for path in (tmp_path / "new" / "masks").iterdir()) == names
+    assert photos.exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "message"),
+    [
+        ("classify", "--masks", "--masks is for the task segment, and this bundle's is classify"),
+        ("classify", "--coco", "--coco is for the task detect or segment, and this bundle's is classify"),
+        ("classify", "--yolo", "--yolo is for the task detect, and this bundle's is classify"),
+        ("detect", "--masks", "--masks is for the task segment, and this bundle's is detect"),
+        ("segment", "--yolo", "--yolo is for the task detect, and this bundle's is segment"),
+        ("detect", "--coco", "cannot write none/x: there is no folder none"),
+    ],
+)
+def test_options_of_other_tasks_are_refused(
+    built: Path, detector: Path, segmenter: Path, tmp_path: Path, task: str, option: str, message: str
+) -> None:
+    chosen = {"classify": built, "detect": detector, "segment": segmenter}[task]
+    assert one_line(run(chosen, "infer", "photo.jpg", option, "none/x", cwd=tmp_path)) == message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 0])
+def test_every_frame_that_is_told_is_in_the_drawn_video(detector: Path, tmp_path: Path, wanted: int) -> None:
+    film(tmp_path / "film.avi", 40)
+    answer = run(detector, "infer", "film.avi", "--frames", str(wanted), "--draw", "drawn", cwd=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    count = wanted or 40
+    assert [line["frame"] for line in lines(answer)] == list(range(count))
+    drawn = read_film(tmp_path / "drawn" / "film.avi")
+    assert len(drawn) == count
+    model = runner.Model(detector, threads=1)
+    wanted_frames = [runner.draw(image, model(image), DETECT) for image in read_film(tmp_path / "film.avi")]
+    for number, image in enumerate(drawn):  # each in its place
+        away = [np.abs(image.astype(int) - other).mean() for other in wanted_frames]
+        assert away[number] == min(away) < 8
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
+def test_an_interrupted_run_has_written_what_it_told(detector: Path, tmp_path: Path) -> None:
+    film(tmp_path / "film.avi", 3000)
+    options = ["--draw", "drawn", "--coco", "answers.json"]
+    command = [sys.executable, "-W", "error", str(detector / "run.py"), "infer", "film.avi", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, cwd=tmp_path, **pipes) as child:  # type: ignore[call-overload]
+        assert child.stdout and child.stderr
+        told = [child.stdout.readline() for _ in range(20)]
+        child.send_signal(signal.SIGINT)
+        told += [line for line in child.stdout if line.endswith("\n")]
+        assert (child.wait(60), child.stderr.read()) == (130, "")
+    assert 20 <= len(told) < 3000
+    assert 0 <= len(read_film(tmp_path / "drawn" / "film.avi")) - len(told) <= 1
+    images = json.loads((tmp_path / "answers.json").read_text("utf-8"))["images"]
+    assert 0 <= len(images) - len(told) <= 1
+
+
+def test_a_drawing_that_cannot_be_written_ends_the_run(detector: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        long = np.full((70_000 if number == 2 else 8, 1, 3), 20 * number, np.uint8)  # too long for JPEG
+        (tmp_path / f"{number}.png").write_bytes(cv2.imencode(".png", long)[1].tobytes())
+    answer = run(detector, "infer", "*.png", "--draw", "drawn", cwd=tmp_path)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    last = answer.stderr.splitlines()[-1]  # OpenCV has its say before
+    assert re.fullmatch(r"run\.py: OpenCV .* cannot write drawn/2\.jpg: 1 x 70000 pixels are too many", last)
+    assert 2 <= len(lines(answer)) <= 5
+    drawn = sorted(path.stem for path in (tmp_path / "drawn").iterdir())
+    assert set(drawn) >= {Path(line["source"]).stem for line in lines(answer)} - {"2"}
+
+
+def film(path: Path, count: int) -> None:
+    """120 x 90 pixels; a light square that goes from left to right."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 25, (120, 90))
+    for number in range(count):
+        image = np.full((90, 120, 3), (104, 116, 124), np.uint8)
+        left = number % 80
+        image[20:60, left : left + 40] = 255
+        writer.write(image)
+    writer.release()
+
+
+def read_film(path: Path) -> list[np.ndarray]:
+    capture, images = cv2.VideoCapture(str(path)), []
+    while (read := capture.read())[0]:
+        images.append(read[1])
+    capture.release()
+    return images
 
 
 def test_a_reader_that_goes_away_ends_the_run_quietly(built: Path, photos: Path) -> None:
@@ -232,6 +433,20 @@ def test_check_passes_from_anywhere(built: Path, tmp_path: Path) -> None:
     ]
     where = f"OpenCV {cv2.__version__}, opencv/cpu ({runner.engines()[0]} engine, fp32), "
     assert last.startswith(f"check passed: 4 of 4 images as trained. {where}")
+
+
+def test_check_says_in_a_few_words_what_was_answered(built: Path, detector: Path, segmenter: Path) -> None:
+    for folder, pattern in (
+        (built, r"difference \S+ +\w+"),
+        (detector, r"difference \S+ +(\d+ boxes|1 box): \d+ \w+(, \d+ \w+)*"),
+        (segmenter, r"difference \S+ +\d+\.\d % \w+(, \d+\.\d % \w+){1,2}"),
+    ):
+        answer = run(folder, "check")
+        assert answer.returncode == 0
+        rows = answer.stdout.splitlines()[:4]
+        assert all(re.search(pattern + "$", row) for row in rows), rows
+        said = json.loads(run(folder, "check", "--json").stdout)
+        assert all(row["actual"] and row["expected"] for row in said["images"])
 
 
 def test_check_gives_its_figures_as_json(built: Path) -> None:
@@ -451,7 +666,8 @@ def test_no_command_shows_the_help(built: Path) -> None:
 def test_help_is_no_failure(built: Path) -> None:
     answer = run(built, "infer", "--help")
     assert (answer.returncode, answer.stderr) == (0, "")
-    assert all(option in answer.stdout for option in ("--camera", "--draw", "--frames", "--list", "--top-k"))
+    options = ("--camera", "--coco", "--draw", "--frames", "--list", "--masks", "--min-score", "--top-k", "--yolo")
+    assert all(option in answer.stdout for option in options)
 
 
 @pytest.mark.parametrize(
@@ -520,6 +736,12 @@ for name in ("edgekit", "onnx", "pydantic"):
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+@pytest.mark.parametrize("command", ["bench", "infer"])
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_the_other_tasks_need_no_more(detector: Path, segmenter: Path, task: str, command: str) -> None:
+    test_the_standard_library_numpy_and_opencv_are_enough(detector if task == "detect" else segmenter, command)
 
 
 @pytest.mark.parametrize("command", ["check", "infer", "bench", "info"])
