@@ -40,6 +40,7 @@ FIRST_DISTANCE = 3.0  # strides to each edge
 CELLS = 13  # at most, that a box trains, as in TOOD
 SCORE_POWER, IOU_POWER = 0.5, 6.0  # alignment = score^0.5 IoU^6: at first, when all scores are alike, IoU decides
 LEAST_TARGET = 0.1  # of a box's best cell: with none, a box that is not met at all would never be learnt
+BALANCE = 0.75  # a class's weight is its share of the batch's targets to the power of minus this
 BOX_WEIGHT = 2.0  # of the boxes' loss beside the classes', as in TOOD
 LOG_DISTANCES = (-6.0, 12.0)  # what is believed of an output in training: exp stays finite, and no box is flat
 TINY = 1e-30  # above 0 in float32
@@ -137,9 +138,20 @@ def loss(outputs: Sequence[torch.Tensor], labels: Sequence[np.ndarray], _: Recip
         predicted.append(boxes[image, cells])
         wanted.append(mine[:, 1:])
     weight = torch.cat(weights)
-    class_loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
     box_losses: torch.Tensor = complete_box_iou_loss(torch.cat(predicted), torch.cat(wanted))
-    return (class_loss + BOX_WEIGHT * (box_losses * weight).sum()) / weight.sum().clamp(min=1)
+    return (_class_loss(logits, targets) + BOX_WEIGHT * (box_losses * weight).sum()) / weight.sum().clamp(min=1)
+
+
+def _class_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Both (N, cells, C) → the sum of the binary cross-entropies, so weighted that what is rare is learnt soon.
+
+    There are thousands of cells to a box: one that should see nothing weighs as much as the score that it gives (as in
+    VarifocalNet, arXiv:2008.13367). And classes whose boxes are few weigh more.
+    """
+    each = targets.sum(dim=(0, 1))
+    balance = torch.where(each > 0, (each.sum().clamp(min=1) / each.clamp(min=1)) ** BALANCE, 1)
+    weights = torch.where(targets > 0, 1, logits.detach().sigmoid()) * balance
+    return F.binary_cross_entropy_with_logits(logits, targets, weight=weights, reduction="sum")
 
 
 def _flat(maps: Sequence[torch.Tensor]) -> torch.Tensor:
