@@ -145,8 +145,8 @@ def _compose(digits: np.ndarray, labels: np.ndarray, pool: range, rng: np.random
         image[place] += ink[..., None] * (color - image[place])
         digit = int(labels[index])
         classes[place][rows, columns] = 1 + digit
-        edges = (left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1)
-        boxes.append((digit, *map(int, edges)))
+        first, last = (int(left + columns.min()), int(top + rows.min())), (int(columns.max()), int(rows.max()))
+        boxes.append((digit, *first, left + last[0] + 1, top + last[1] + 1))
     return Canvas(np.clip(image, 0, 255).astype(np.uint8), classes, tuple(boxes))
 
 

@@ -159,7 +159,7 @@ class Recipe(_Section):
 
 # What suits boxes and masks better than the defaults, which are for whole images: all of the network learns, and for
 # longer, as much of it is new; and boxes are not turned, since a turned box is a looser one.
-_DENSE = {
+_DENSE: dict[str, dict[str, dict[str, Any]]] = {
     "detect": {
         "preprocess": {"resize": "letterbox"},
         "augment": {"rotate_degrees": 0.0, "scale": (0.6, 1.2), "translate": 0.1},

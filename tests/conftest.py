@@ -9,7 +9,7 @@ import sshd as servers
 
 CPU = Path("/proc/cpuinfo")
 if CPU.is_file() and "avx_vnni" in CPU.read_text(encoding="utf-8").split():
-    # OpenCV 5.0 computes int8 wrongly there: one test is about that, the others about int8. cv2 reads it when it is loaded.
+    # OpenCV 5.0 computes int8 wrongly there: one test is about that, the others about int8. cv2 reads it at its start.
     os.environ["OPENCV_CPU_DISABLE"] = "AVX_VNNI"
 
 ROOT = Path(__file__).parents[1]

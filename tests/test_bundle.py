@@ -69,7 +69,7 @@ def test_the_check_has_the_networks_outputs_and_what_they_mean(built: Path, fini
     assert [row["file"] for row in rows] == [file.name for file in files]
     images = [runner.read_image(file) for file in files]
     blobs = np.concatenate([runner.preprocess(image, spec) for image in images])
-    expected = tasks.forward(tasks.load(run), blobs)
+    expected = tasks.forward(tasks.load(run), blobs, "classify")
     assert outputs["logits"].dtype == np.float32
     assert set(outputs) == set(expected) and np.array_equal(outputs["logits"], expected["logits"])
     for row, image, logits in zip(rows, images, outputs["logits"], strict=True):

@@ -58,7 +58,7 @@ def test_the_device_answers_as_torch_from_file_bytes_to_label(
     expected = [
         spec.class_names[int(logits.argmax())]
         for batch in batches(samples, spec, 32)
-        for logits in tasks.forward(model, runner.normalize(batch.images, spec))["logits"]
+        for logits in tasks.forward(model, runner.normalize(batch.images, spec), "classify")["logits"]
     ]
     names = "".join(f"{sample.path}\n" for sample in samples)
     answer = run_py(device_python, built, "infer", "--list", "-", "--top-k", "1", stdin=names)

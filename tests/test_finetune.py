@@ -63,7 +63,7 @@ def test_it_learns(finished_run: Path) -> None:
     model, spec = tasks.load(run), run.read_spec()
     right = total = 0
     for batch in batches(read_split(run.split).val, spec, 32):
-        logits = tasks.forward(model, runner.normalize(batch.images, spec))["logits"]
+        logits = tasks.forward(model, runner.normalize(batch.images, spec), "classify")["logits"]
         right += int((logits.argmax(axis=1) == batch.labels).sum())
         total += len(batch.labels)
     assert right / total > 0.5
@@ -188,7 +188,7 @@ def test_the_history_of_a_qat_run_is_the_quantized_network(finished_run: Path, t
     losses = []
     for model in (plain, rounded.eval()):
         (batch,) = batches(read_split(run.split).val, spec, 1000)
-        logits = torch.from_numpy(tasks.forward(model, runner.normalize(batch.images, spec))["logits"])
+        logits = torch.from_numpy(tasks.forward(model, runner.normalize(batch.images, spec), "classify")["logits"])
         losses.append(float(tasks.TASKS["classify"].loss(logits, torch.from_numpy(batch.labels), recipe)))
     assert done.best.val_loss == pytest.approx(losses[1], rel=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-3 * losses[1]

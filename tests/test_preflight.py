@@ -43,12 +43,13 @@ def spec_of(name: str, size: int) -> runner.Spec:
 def test_recommended_backbones_that_were_proved_here_are_not_tried() -> None:
     for name in BACKBONES:
         # An untrained network and no image: trying it would raise.
-        preflight(name, torch.nn.Identity(), spec_of(name, 96), [], opencv=("5.0.0.93", "4.14", "4.10.0.84"))
+        model = torch.nn.Identity()
+        preflight(name, model, spec_of(name, 96), ("logits",), [], opencv=("5.0.0.93", "4.14", "4.10.0.84"))
 
 
 def test_a_network_that_this_opencv_cannot_run(photo: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        preflight("odd", Odd(), spec_of("resnet18", 64), [photo])
+        preflight("odd", Odd(), spec_of("resnet18", 64), ("logits",), [photo])
     message = str(caught.value)
     assert message.startswith(f"odd does not run on OpenCV {cv2.__version__} as torch computes it: OpenCV")
     assert "Col2Im" in message
@@ -61,7 +62,7 @@ def test_another_network_is_tried_and_passes(photo: Path) -> None:
     name = "mnasnet_small"
     assert name not in BACKBONES
     model = backbones.build(name, 4, pretrained=False, weights=None)
-    preflight(name, model, spec_of(name, 64), [photo])
+    preflight(name, model, spec_of(name, 64), ("logits",), [photo])
     assert not model.training
 
 
@@ -77,6 +78,6 @@ def test_an_opencv_that_cannot_run_it_though_this_one_can(photo: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"fasternet_t0 does not run on OpenCV 4\.6\.0 .*classic engine: raised"
     ) as caught:
-        preflight(name, model, spec_of(name, 64), [photo], opencv=("4.6",))
+        preflight(name, model, spec_of(name, 64), ("logits",), [photo], opencv=("4.6",))
     instead = str(caught.value).partition("Train ")[2].partition(",")[0]
     assert "4.6" in BACKBONES[instead].opencv
