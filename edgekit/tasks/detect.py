@@ -40,6 +40,7 @@ FIRST_DISTANCE = 3.0  # strides to each edge
 CELLS = 13  # at most, that a box trains, as in TOOD
 SCORE_POWER, IOU_POWER = 0.5, 6.0  # alignment = score^0.5 IoU^6: at first, when all scores are alike, IoU decides
 LEAST_TARGET = 0.1  # of a box's best cell: with none, a box that is not met at all would never be learnt
+BALANCE = 0.75  # a class's weight is its share of the batch's targets to the power of minus this
 BOX_WEIGHT = 2.0  # of the boxes' loss beside the classes', as in TOOD
 LOG_DISTANCES = (-6.0, 12.0)  # what is believed of an output in training: exp stays finite, and no box is flat
 TINY = 1e-30  # above 0 in float32
@@ -116,8 +117,8 @@ def head(model: nn.Module) -> nn.Module:
 def loss(outputs: Sequence[torch.Tensor], labels: Sequence[np.ndarray], _: Recipe) -> torch.Tensor:
     """The network's outputs and each image's boxes, float32 (n, 5) [class, left, top, right, bottom] → what is wrong.
 
-    Binary cross-entropy of every cell and class, whose target at the cells that a box trains is how well they fit it
-    (0..1) and elsewhere 0, and the complete IoU loss (Zheng et al., arXiv:1911.08287) of those cells' boxes, weighted
+    Of every cell and class binary cross-entropy, whose target at the cells that a box trains is how well they fit it
+    (0..1) and elsewhere 0, and of those cells' boxes the complete IoU loss (Zheng et al., arXiv:1911.08287), weighted
     by that target; both over the sum of the targets. Labels without area are left out.
     """
     logits = _flat(outputs[0::2])
@@ -137,9 +138,20 @@ def loss(outputs: Sequence[torch.Tensor], labels: Sequence[np.ndarray], _: Recip
         predicted.append(boxes[image, cells])
         wanted.append(mine[:, 1:])
     weight = torch.cat(weights)
-    class_loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
     box_losses: torch.Tensor = complete_box_iou_loss(torch.cat(predicted), torch.cat(wanted))
-    return (class_loss + BOX_WEIGHT * (box_losses * weight).sum()) / weight.sum().clamp(min=1)
+    return (_class_loss(logits, targets) + BOX_WEIGHT * (box_losses * weight).sum()) / weight.sum().clamp(min=1)
+
+
+def _class_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Both (N, cells, C) → the sum of the binary cross-entropies, so weighted that what is rare is learnt soon.
+
+    There are thousands of cells to a box: one that should see nothing weighs as much as the score that it gives (as in
+    VarifocalNet, arXiv:2008.13367). And classes whose boxes are few weigh more.
+    """
+    each = targets.sum(dim=(0, 1))
+    balance = torch.where(each > 0, (each.sum().clamp(min=1) / each.clamp(min=1)) ** BALANCE, 1)
+    weights = torch.where(targets > 0, 1, logits.detach().sigmoid()) * balance
+    return F.binary_cross_entropy_with_logits(logits, targets, weight=weights, reduction="sum")
 
 
 def _flat(maps: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -190,38 +202,35 @@ def assign(
         return owner, target
     iou = box_iou(truth[:, 1:], boxes)
     inside = ((centres > truth[:, None, 1:3]) & (centres < truth[:, None, 3:5])).all(dim=2)
-    away = ((truth[:, None, 1:3] + truth[:, None, 3:5]) / 2 - centres).square().sum(dim=2)
-    nearest = F.one_hot(away.argmin(dim=1), len(centres)).bool()  # the finest of equals: they come first
-    inside |= nearest & ~inside.any(dim=1, keepdim=True)
     alignment = scores.T[truth[:, 0].long()] ** SCORE_POWER * iou**IOU_POWER
     alignment = alignment.clamp(min=TINY) * inside
 
     best = alignment.topk(min(CELLS, len(centres)), dim=1).indices
     wanted = torch.zeros_like(inside).scatter_(1, best, True) & inside
     owner = torch.where(wanted.any(dim=0), iou.masked_fill(~wanted, -1).argmax(dim=0), owner)
-    _serve_the_rest(owner, alignment, away)
+    _serve_the_rest(owner, alignment, centres, truth)
 
     cells = (owner >= 0).nonzero().flatten()
     mine = owner[cells]
     own_alignment, own_iou = alignment[mine, cells].clamp(min=TINY), iou[mine, cells]
-    best_alignment = torch.zeros_like(away[:, 0]).scatter_reduce_(0, mine, own_alignment, "amax")
-    best_iou = torch.zeros_like(away[:, 0]).scatter_reduce_(0, mine, own_iou, "amax")
+    best_alignment = torch.zeros_like(alignment[:, 0]).scatter_reduce_(0, mine, own_alignment, "amax")
+    best_iou = torch.zeros_like(alignment[:, 0]).scatter_reduce_(0, mine, own_iou, "amax")
     target[cells] = own_alignment / best_alignment[mine] * best_iou[mine].clamp(min=LEAST_TARGET, max=1)
     return owner, target
 
 
-def _serve_the_rest(owner: torch.Tensor, alignment: torch.Tensor, away: torch.Tensor) -> None:
-    """Gives each box that others left without a cell one that is not another's only one; in place.
-
-    alignment, away: float32 (boxes, cells). The best aligned of those inside the box, else the nearest.
+def _serve_the_rest(owner: torch.Tensor, alignment: torch.Tensor, centres: torch.Tensor, truth: torch.Tensor) -> None:
+    """Gives each box without a cell one that is not another's only one, in place: the best aligned one inside the box,
+    else the nearest. alignment: float32 (boxes, cells), 0 outside the box.
     """
     counts = torch.bincount(owner[owner >= 0], minlength=len(alignment))
     for box in (counts == 0).nonzero().flatten().tolist():
         taken = (owner >= 0) & (counts[owner.clamp(min=0)] == 1)
         if bool(taken.all()):
             return
+        away = ((truth[box, 1:3] + truth[box, 3:5]) / 2 - centres).square().sum(dim=1).masked_fill(taken, torch.inf)
         fits = alignment[box].masked_fill(taken, 0)
-        cell = fits.argmax() if bool(fits.any()) else away[box].masked_fill(taken, torch.inf).argmin()
+        cell = fits.argmax() if bool(fits.any()) else away.argmin()  # the finest of equals: they come first
         if owner[cell] >= 0:
             counts[owner[cell]] -= 1
         owner[cell] = box

@@ -115,7 +115,8 @@ def _lovasz_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """
     known = truth != VOID
     shares, truth = logits.softmax(dim=1).movedim(1, -1)[known], truth[known]
-    losses = [_jaccard_loss(shares[:, class_id], truth == class_id) for class_id in truth.unique().tolist()]
+    there = torch.bincount(truth).nonzero().flatten().tolist()
+    losses = [_jaccard_loss(shares[:, class_id], truth == class_id) for class_id in there]
     return torch.stack(losses).mean() if losses else shares.sum()
 
 
