@@ -462,6 +462,8 @@ def test_a_trunk_computes_what_the_whole_network_does(name: str, tmp_path: Path)
 
 def test_a_trunk_ends_with_the_last_map_that_is_asked_for() -> None:
     assert [stage for stage, _ in stages(random_trunk(SMALL, (8, 16)))][-1] == "layer3"
+    with torch.device("meta"):  # of many maps of one stride the last
+        assert [stage for stage, _ in stages(random_trunk("deit_tiny_patch16_224", (16,)))][-1] == "blocks.11"
 
 
 def test_the_defaults_trunk_has_the_packaged_weights() -> None:

@@ -206,12 +206,15 @@ def test_every_box_gets_a_cell(seed: int, count: int, largest: float) -> None:
 # The loss
 
 
+# The loss of a cell that should see nothing and says -2: weighed by its score.
+NOTHING = math.log1p(math.exp(-2)) / (1 + math.exp(2))
+
+
 def test_the_loss_worked_by_hand() -> None:
     """One box about one cell's centre; that cell's box is right, so only the classes are wrong."""
     outputs = maps(classes=-2.0, boxes=math.log(2 / 8))
     label = np.array([[1, 2, 2, 6, 6]], np.float32)
-    softplus = math.log1p(math.exp(-2.0))
-    expected = 84 * 2 * softplus + 2.0  # of the one that should be 1: softplus(2) = softplus(-2) + 2
+    expected = (84 * 2 - 1) * NOTHING + math.log1p(math.exp(2))
     assert float(loss(outputs, (label,), recipe())) == pytest.approx(expected, rel=1e-5)
 
 
@@ -219,20 +222,36 @@ def test_the_boxes_share_of_the_loss_worked_by_hand() -> None:
     """The cell's box is 8x8 where 4x4 is right: IoU 1/4, the same middle, the same shape."""
     outputs = maps(classes=-2.0, boxes=math.log(4 / 8))
     label = np.array([[1, 2, 2, 6, 6]], np.float32)
-    classes = 84 * 2 * math.log1p(math.exp(-2.0)) + 2.0 * 0.25
+    classes = (84 * 2 - 1) * NOTHING + math.log1p(math.exp(-2)) + 2 * 0.25
     assert float(loss(outputs, (label,), recipe())) == pytest.approx(classes + 2 * 0.75 * 0.25, rel=1e-5)
+
+
+def test_rows_and_columns_are_not_mixed_up() -> None:
+    """32x64 pixels: the box lies where only the width reaches."""
+    outputs = [each[..., : each.shape[-1] // 2, :] for each in maps(classes=-2.0, boxes=math.log(2 / 8))]
+    label = np.array([[1, 34, 2, 38, 6]], np.float32)
+    expected = (42 * 2 - 1) * NOTHING + math.log1p(math.exp(2))
+    assert float(loss(outputs, (label,), recipe())) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rare_class_weighs_more() -> None:
+    outputs = maps(classes=-2.0, boxes=math.log(2 / 8))
+    label = np.array([[c, x - 2, 2, x + 2, 6] for c, x in ((0, 4), (0, 12), (0, 20), (0, 28), (1, 36))], np.float32)
+    each = [count * math.log1p(math.exp(2)) + (84 - count) * NOTHING for count in (4, 1)]
+    expected = ((5 / 4) ** 0.75 * each[0] + 5**0.75 * each[1]) / 5
+    assert float(loss(outputs, (label,), recipe())) == pytest.approx(expected, rel=1e-5)
 
 
 def test_images_without_boxes_are_background() -> None:
     outputs = maps(classes=-2.0, boxes=0.0, images=2)
     empty = np.zeros((0, 5), np.float32)
-    assert float(loss(outputs, (empty, empty), recipe())) == pytest.approx(2 * 84 * 2 * math.log1p(math.exp(-2.0)))
+    assert float(loss(outputs, (empty, empty), recipe())) == pytest.approx(2 * 84 * 2 * NOTHING)
 
 
 def test_labels_without_area_are_left_out() -> None:
     outputs = maps(classes=-2.0, boxes=0.0)
     flat = np.array([[0, 5, 5, 5, 9], [1, 9, 9, 4, 12]], np.float32)
-    assert float(loss(outputs, (flat,), recipe())) == pytest.approx(84 * 2 * math.log1p(math.exp(-2.0)))
+    assert float(loss(outputs, (flat,), recipe())) == pytest.approx(84 * 2 * NOTHING)
 
 
 @settings(max_examples=60, deadline=None)
@@ -266,7 +285,7 @@ def test_the_loss_is_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = loss(outputs, (label,), recipe())
     assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(84 * 2 * math.log1p(math.exp(-2.0)) + 2.0, rel=1e-2)
+    assert float(found) == pytest.approx((84 * 2 - 1) * NOTHING + math.log1p(math.exp(2)), rel=1e-2)
 
 
 def squares(count: int, seed: int) -> tuple[torch.Tensor, tuple[np.ndarray, ...]]:
@@ -392,6 +411,14 @@ def test_one_box_is_found_once() -> None:
     figures = metrics([[answer(0, 0.9, 0, 0, 10, 10), answer(0, 0.9, 0, 0, 10, 10)]], truth, NAMES)
     assert figures.per_class[0].precision == 0.5  # of one score both count together
     assert figures.map50 == pytest.approx(1.0)
+
+
+def test_answers_of_one_score_count_together() -> None:
+    """The best F1 is not where only the right one of those with 0.5 counted."""
+    truth = [sample("0.png", Box(0, 0, 0, 10, 10), Box(0, 20, 20, 30, 30))]
+    wrong = [answer(0, 0.5, 50, 50, 60, 60)] * 3
+    found = [[answer(0, 0.9, 0, 0, 10, 10), answer(0, 0.5, 20, 20, 30, 30), *wrong]]
+    assert metrics(found, truth, NAMES).best_f1_score == 0.9  # 2/3; with those of 0.5: 4/7
 
 
 def test_nothing_to_measure() -> None:

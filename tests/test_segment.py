@@ -31,19 +31,6 @@ SPEC = runner.Spec(
 )
 
 
-@pytest.fixture(autouse=True)
-def _from_rle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the runner has its own."""
-
-    def from_rle(found: dict[str, list[int]]) -> np.ndarray:
-        values = np.arange(len(found["counts"])) % 2 == 1
-        height, width = found["size"]
-        return np.repeat(values, found["counts"]).reshape(width, height).T
-
-    if not hasattr(runner, "from_rle"):
-        monkeypatch.setattr(runner, "from_rle", from_rle, raising=False)
-
-
 def recipe() -> Recipe:
     return make_recipe(
         {

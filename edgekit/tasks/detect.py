@@ -117,8 +117,8 @@ def head(model: nn.Module) -> nn.Module:
 def loss(outputs: Sequence[torch.Tensor], labels: Sequence[np.ndarray], _: Recipe) -> torch.Tensor:
     """The network's outputs and each image's boxes, float32 (n, 5) [class, left, top, right, bottom] → what is wrong.
 
-    Binary cross-entropy of every cell and class, whose target at the cells that a box trains is how well they fit it
-    (0..1) and elsewhere 0, and the complete IoU loss (Zheng et al., arXiv:1911.08287) of those cells' boxes, weighted
+    Of every cell and class binary cross-entropy, whose target at the cells that a box trains is how well they fit it
+    (0..1) and elsewhere 0, and of those cells' boxes the complete IoU loss (Zheng et al., arXiv:1911.08287), weighted
     by that target; both over the sum of the targets. Labels without area are left out.
     """
     logits = _flat(outputs[0::2])
@@ -202,38 +202,35 @@ def assign(
         return owner, target
     iou = box_iou(truth[:, 1:], boxes)
     inside = ((centres > truth[:, None, 1:3]) & (centres < truth[:, None, 3:5])).all(dim=2)
-    away = ((truth[:, None, 1:3] + truth[:, None, 3:5]) / 2 - centres).square().sum(dim=2)
-    nearest = F.one_hot(away.argmin(dim=1), len(centres)).bool()  # the finest of equals: they come first
-    inside |= nearest & ~inside.any(dim=1, keepdim=True)
     alignment = scores.T[truth[:, 0].long()] ** SCORE_POWER * iou**IOU_POWER
     alignment = alignment.clamp(min=TINY) * inside
 
     best = alignment.topk(min(CELLS, len(centres)), dim=1).indices
     wanted = torch.zeros_like(inside).scatter_(1, best, True) & inside
     owner = torch.where(wanted.any(dim=0), iou.masked_fill(~wanted, -1).argmax(dim=0), owner)
-    _serve_the_rest(owner, alignment, away)
+    _serve_the_rest(owner, alignment, centres, truth)
 
     cells = (owner >= 0).nonzero().flatten()
     mine = owner[cells]
     own_alignment, own_iou = alignment[mine, cells].clamp(min=TINY), iou[mine, cells]
-    best_alignment = torch.zeros_like(away[:, 0]).scatter_reduce_(0, mine, own_alignment, "amax")
-    best_iou = torch.zeros_like(away[:, 0]).scatter_reduce_(0, mine, own_iou, "amax")
+    best_alignment = torch.zeros_like(alignment[:, 0]).scatter_reduce_(0, mine, own_alignment, "amax")
+    best_iou = torch.zeros_like(alignment[:, 0]).scatter_reduce_(0, mine, own_iou, "amax")
     target[cells] = own_alignment / best_alignment[mine] * best_iou[mine].clamp(min=LEAST_TARGET, max=1)
     return owner, target
 
 
-def _serve_the_rest(owner: torch.Tensor, alignment: torch.Tensor, away: torch.Tensor) -> None:
-    """Gives each box that others left without a cell one that is not another's only one; in place.
-
-    alignment, away: float32 (boxes, cells). The best aligned of those inside the box, else the nearest.
+def _serve_the_rest(owner: torch.Tensor, alignment: torch.Tensor, centres: torch.Tensor, truth: torch.Tensor) -> None:
+    """Gives each box without a cell one that is not another's only one, in place: the best aligned one inside the box,
+    else the nearest. alignment: float32 (boxes, cells), 0 outside the box.
     """
     counts = torch.bincount(owner[owner >= 0], minlength=len(alignment))
     for box in (counts == 0).nonzero().flatten().tolist():
         taken = (owner >= 0) & (counts[owner.clamp(min=0)] == 1)
         if bool(taken.all()):
             return
+        away = ((truth[box, 1:3] + truth[box, 3:5]) / 2 - centres).square().sum(dim=1).masked_fill(taken, torch.inf)
         fits = alignment[box].masked_fill(taken, 0)
-        cell = fits.argmax() if bool(fits.any()) else away[box].masked_fill(taken, torch.inf).argmin()
+        cell = fits.argmax() if bool(fits.any()) else away.argmin()  # the finest of equals: they come first
         if owner[cell] >= 0:
             counts[owner[cell]] -= 1
         owner[cell] = box
