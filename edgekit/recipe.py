@@ -107,7 +107,7 @@ class Train(_Section):
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak rate of AdamW; cosine decay to 0.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="AdamW's decoupled weight decay.")
     warmup_fraction: Fraction = Field(0.15, description="Share of the steps in which the rate rises from 0.")
-    label_smoothing: Fraction = Field(0.1, description="Share of each label spread over all the classes.")
+    label_smoothing: Fraction = Field(0.1, description="classify: share of each label spread over all the classes.")
     patience: Annotated[int, Field(ge=1)] = Field(5, description="Epochs without a better result before stopping.")
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="Order, augmentation and the head's start; same seed, same CPU: same weights."
