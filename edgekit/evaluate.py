@@ -94,7 +94,8 @@ def _samples(folder: RunFolder, subset: str) -> tuple[Sample, ...]:
         raise DataError(f"the data of {folder.path} has no {subset} subset of its own: leave --subset out")
     gone = missing(samples)
     if gone:
-        raise DataError(f"{len(gone)} of the run's {subset} images are gone, such as {gone[0]}: put them back")
+        noun = {"val": "validation", "test": "test"}[subset]
+        raise DataError(f"{len(gone)} of the run's {noun} images are gone, such as {gone[0]}: put them back")
     return samples
 
 

@@ -153,7 +153,7 @@ def test_a_bundle_that_fails_in_evaluation_is_an_error(own_run: Path, built: Pat
     broken = tmp_path / "broken"
     shutil.copytree(built, broken)
     (broken / "model.onnx").write_bytes(b"")
-    with pytest.raises(ArtifactError, match=r"failed on the validation images \(exit 2\)"):
+    with pytest.raises(ArtifactError, match=r"failed on the images \(exit 2\)"):
         evaluate(own_run, broken)
 
 

@@ -189,7 +189,7 @@ def test_the_history_of_a_qat_run_is_the_quantized_network(finished_run: Path, t
     for model in (plain, rounded.eval()):
         (batch,) = batches(read_split(run.split).val, spec, 1000)
         logits = torch.from_numpy(tasks.forward(model, runner.normalize(batch.images, spec), "classify")["logits"])
-        losses.append(float(tasks.TASKS["classify"].loss(logits, torch.from_numpy(batch.labels), recipe)))
+        losses.append(float(tasks.TASKS["classify"].loss(logits, batch.labels, recipe)))
     assert done.best.val_loss == pytest.approx(losses[1], rel=1e-5)
     assert abs(losses[0] - losses[1]) > 1e-3 * losses[1]
 

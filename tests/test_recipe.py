@@ -52,7 +52,10 @@ def test_every_key_is_explained_in_the_toml() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"data": {"path": "x"}, "trian": {}}, "unknown key trian (known here: augment, data, export, model, name"),
+        (
+            {"data": {"path": "x"}, "trian": {}},
+            "unknown key trian (known here: augment, data, detect, export, model, name",
+        ),
         (
             {"data": {"path": "x"}, "train": {"epoch": 3}},
             "unknown key train.epoch (known here: batch_size, device, epochs",
@@ -68,7 +71,10 @@ def test_every_key_is_explained_in_the_toml() -> None:
         ),
         ({"data": {"path": "x"}, "model": {"input_size": [224]}}, "model.input_size"),
         ({"data": {"path": "x"}, "export": {"tolerance": 0}}, "export.tolerance: Input should be greater than 0"),
-        ({"data": {"path": "x"}, "task": "detcet"}, "task: Input should be 'classify', got 'detcet'"),
+        (
+            {"data": {"path": "x"}, "task": "detcet"},
+            "task: Input should be 'classify', 'detect' or 'segment', got 'detcet'",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_what_was_expected(raw: dict[str, object], message: str) -> None:
