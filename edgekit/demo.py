@@ -100,7 +100,7 @@ def canvases_recipe(folder: Path, task: Task) -> Recipe:
     """Small and quick: the canvases at their own size, no mirroring."""
     recipe = suggest(str(folder), (), task)
     augment = recipe.augment.model_copy(update={"horizontal_flip": 0.0, "rotate_degrees": 0.0, "scale": (0.8, 1.1)})
-    train = recipe.train.model_copy(update={"epochs": 12, "learning_rate": 2e-3})
+    train = recipe.train.model_copy(update={"epochs": 12, "batch_size": 16})
     return recipe.model_copy(update={"model": Model(input_size=CANVAS), "augment": augment, "train": train})
 
 

@@ -6,7 +6,6 @@ Unknown keys are errors: a mistyped setting must not be ignored.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import sys
@@ -157,27 +156,27 @@ class Recipe(_Section):
     export: Export = Export()
 
 
-# What suits boxes and masks better than the defaults, which are for whole images: all of the network learns, and for
+# What suits boxes and masks better than the defaults, which are for whole images: more of the network learns, and for
 # longer, as much of it is new; and boxes are not turned, since a turned box is a looser one.
-_DENSE: dict[str, dict[str, dict[str, Any]]] = {
+_DENSE_TRAIN = {"unfrozen_fraction": 0.65, "head_learning_rate": 2e-3, "learning_rate": 2e-3, "patience": 15}
+_SUITED: dict[Task, dict[str, dict[str, Any]]] = {
+    "classify": {},
     "detect": {
         "preprocess": {"resize": "letterbox"},
         "augment": {"rotate_degrees": 0.0, "scale": (0.6, 1.2), "translate": 0.1},
+        "train": {**_DENSE_TRAIN, "epochs": 30, "batch_size": 8},
     },
-    "segment": {"augment": {"scale": (0.6, 1.1)}},
+    "segment": {"augment": {"scale": (0.6, 1.1)}, "train": {**_DENSE_TRAIN, "epochs": 20, "batch_size": 16}},
 }
-_DENSE_TRAIN = {"epochs": 40, "unfrozen_fraction": 1.0, "batch_size": 8, "head_learning_rate": 2e-3, "patience": 15}
 
 
 def suggest(data_path: str, class_names: Sequence[str], task: Task = "classify") -> Recipe:
     """What suits the task; no mirroring where the class names say that left and right matter."""
     sided = any("left" in name.lower() or "right" in name.lower() or len(name) == 1 for name in class_names)
-    raw: dict[str, Any] = {"task": task, "data": {"path": data_path}, "augment": {}}
-    if task != "classify":
-        raw = {**raw, **copy.deepcopy(_DENSE[task]), "train": _DENSE_TRAIN}
-    if sided:
-        raw["augment"]["horizontal_flip"] = 0.0
-    return Recipe.model_validate(raw)
+    suited = _SUITED[task]
+    flip = {"horizontal_flip": 0.0} if sided else {}
+    augment = {**suited.get("augment", {}), **flip}
+    return Recipe.model_validate({"task": task, "data": {"path": data_path}, **suited, "augment": augment})
 
 
 def qat_recipe(source: Recipe, weights: Path) -> Recipe:
