@@ -397,7 +397,7 @@ def segment(
     small = _best_classes(outputs["logits"][0], spec)
     classes = _to_photo(small, spec, size)
     results = []
-    for class_id in np.unique(small):
+    for class_id in np.flatnonzero(np.bincount(small.ravel())).tolist():
         mask = classes == class_id
         share = int(np.count_nonzero(mask)) / mask.size
         if share and share >= (min_score or 0):
@@ -425,7 +425,7 @@ def _to_photo(classes: np.ndarray, spec: Spec, size: Size) -> np.ndarray:
     columns = region.x + _nearest(region.width, region.new_width)
     photo = np.full(size, VOID, np.uint8)
     part = photo[region.top : region.top + region.height, region.left : region.left + region.width]
-    part[:] = classes[:, columns][rows]
+    part[:] = classes.take(columns, axis=1).take(rows, axis=0)  # faster than by indexing
     return photo
 
 
@@ -459,7 +459,7 @@ def plain(results: Results) -> Results:
 
 
 def _rle(mask: np.ndarray) -> dict[str, Any]:
-    pixels = mask.T.ravel()
+    pixels = cv2.transpose(mask.view(np.uint8)).ravel()  # five times as fast as numpy's
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     starts = [0, 0] if pixels[0] else [0]
     return {"size": list(mask.shape), "counts": np.diff(np.concatenate([starts, changes, [mask.size]])).tolist()}
@@ -1592,13 +1592,15 @@ def _infer(args: argparse.Namespace) -> int:
     model = _open(args)
     _warn_unproved(model)
     masks, writers = _writers(args, model.spec)
-    stream = ahead(frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True))
+    stream = frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True)
+    # three threads: while a frame is computed, the next ones are decoded, and what the last one showed is told
+    computed = ahead(_computed(ahead(_prepared(stream, model.spec)), model.session, args.frames))
     failed = False
     with contextlib.ExitStack() as stack:
-        for item in (stream, *writers):
+        for item in (computed, *writers):
             stack.enter_context(contextlib.closing(item))
-        for count, frame in enumerate(stream, start=1):
-            results, error = _answer(model, frame, args.top_k, args.min_score)
+        for frame, outputs, error in computed:
+            results, error = _answer(model.spec, frame, outputs, error, args)
             mask = masks.add(frame, results) if masks and not error else None
             # what is told is written too, even where the run is interrupted in between
             for writer in writers if not error else ():
@@ -1607,9 +1609,48 @@ def _infer(args: argparse.Namespace) -> int:
             fallback = {"fallback": model.session.backend} if model.fallback else {}
             print(json.dumps({**line, **fallback}, ensure_ascii=False), flush=True)
             failed = failed or bool(error)
-            if count == args.frames:
-                break
     return 2 if failed else _done(model)
+
+
+def _prepared(
+    stream: Generator[Frame, None, None], spec: Spec
+) -> Generator[tuple[Frame, np.ndarray | None, str], None, None]:
+    """Each frame with the network's input, or with the reason why there is none: one bad image does not end the run."""
+    with contextlib.closing(stream):
+        for frame in stream:
+            blob, error = None, frame.error
+            try:
+                blob = None if frame.image is None else preprocess(frame.image, spec)
+            except RunnerError as found:
+                error = str(found)
+            yield frame, blob, error
+
+
+def _computed(
+    stream: Generator[tuple[Frame, np.ndarray | None, str], None, None], session: Session, limit: int
+) -> Generator[tuple[Frame, Outputs, str], None, None]:
+    """Each frame with the network's outputs, or with the reason why there are none. limit: so many frames; 0: all."""
+    with contextlib.closing(stream):
+        for number, (frame, blob, error) in enumerate(stream, start=1):
+            outputs: Outputs = {}
+            try:
+                outputs = {} if blob is None else session(blob)
+            except RunnerError as found:
+                error = str(found)
+            yield frame, outputs, error
+            if number == limit:
+                return
+
+
+def _answer(spec: Spec, frame: Frame, outputs: Outputs, error: str, args: argparse.Namespace) -> tuple[Results, str]:
+    """(results, "") or ([], the reason why there are none)."""
+    if error or frame.image is None:
+        return [], error
+    try:
+        size = (frame.image.shape[0], frame.image.shape[1])
+        return POSTPROCESS[spec.task](outputs, spec, size, args.top_k, args.min_score), ""
+    except RunnerError as found:
+        return [], str(found)
 
 
 def _writers(args: argparse.Namespace, spec: Spec) -> tuple[Masks | None, list[Behind | Coco | Yolo]]:
@@ -1656,16 +1697,6 @@ def _done(model: Model) -> int:
     if model.fallback:
         print(f"run.py: warning: that was {_ran(model)}: {model.fallback}", file=sys.stderr)
     return 3 if model.fallback else 0
-
-
-def _answer(model: Model, frame: Frame, top_k: int | None, min_score: float | None) -> tuple[Results, str]:
-    """(results, "") or ([], the reason why there are none): one bad image does not end the run."""
-    if frame.image is None:
-        return [], frame.error
-    try:
-        return model(frame.image, top_k, min_score), ""
-    except RunnerError as error:
-        return [], str(error)
 
 
 def _line(frame: Frame, results: Results, error: str, mask: Path | None) -> dict[str, Any]:
