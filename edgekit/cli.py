@@ -198,7 +198,7 @@ def finetune(
     """Train on a folder of labelled images; makes runs/NAME.
 
     Defaults are good: just give DATA. First the new head learns, then the last stages of the pretrained backbone (to
-    detect and to segment: all of it). Ctrl-C keeps what was reached.
+    detect and to segment: two thirds of it, and for longer). Ctrl-C keeps what was reached.
 
     Where int8 costs a run too much accuracy, --qat RUN trains it on for a few epochs while every layer computes with
     int8's rounding, so that the weights learn to bear it (quantization-aware training). The accuracy shown is then the
