@@ -425,7 +425,7 @@ def _to_photo(classes: np.ndarray, spec: Spec, size: Size) -> np.ndarray:
     columns = region.x + _nearest(region.width, region.new_width)
     photo = np.full(size, VOID, np.uint8)
     part = photo[region.top : region.top + region.height, region.left : region.left + region.width]
-    part[:] = classes.take(columns, axis=1).take(rows, axis=0)  # faster than by indexing
+    part[:] = classes.take(columns, axis=1).take(rows, axis=0)
     return photo
 
 
@@ -459,7 +459,7 @@ def plain(results: Results) -> Results:
 
 
 def _rle(mask: np.ndarray) -> dict[str, Any]:
-    pixels = cv2.transpose(mask.view(np.uint8)).ravel()  # five times as fast as numpy's
+    pixels = cv2.transpose(mask.view(np.uint8)).ravel()  # twice as fast as numpy's
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     starts = [0, 0] if pixels[0] else [0]
     return {"size": list(mask.shape), "counts": np.diff(np.concatenate([starts, changes, [mask.size]])).tolist()}
@@ -1042,14 +1042,14 @@ def _draw_boxes(canvas: np.ndarray, results: Results, factor: int) -> np.ndarray
 
 def _draw_masks(canvas: np.ndarray, results: Results, size: Size) -> np.ndarray:
     shown = [result for result in results if result["class_id"] or result["label"].lower() != "background"]
-    paint = np.zeros((256, 1, 3), np.uint8)
     for result in shown:
-        paint[result["class_id"]] = colour(result["class_id"])
-    classes = class_map(shown, size)
-    if canvas.shape[:2] != size:
-        classes = cv2.resize(classes, canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    mixed = cv2.addWeighted(canvas, 0.5, cv2.applyColorMap(classes, paint), 0.5, 0)
-    canvas = cv2.copyTo(mixed, (classes != VOID).astype(np.uint8), canvas)
+        mask = result["mask"].view(np.uint8)
+        if canvas.shape[:2] != size:
+            mask = cv2.resize(mask, canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+        left, top, width, height = cv2.boundingRect(mask)
+        place = (slice(top, top + height), slice(left, left + width))
+        paint = np.full((height, width, 3), colour(result["class_id"]), np.uint8)
+        canvas[place] = cv2.copyTo(cv2.addWeighted(canvas[place], 0.5, paint, 0.5, 0), mask[place], canvas[place])
     step = _step(canvas)
     for row, result in enumerate(shown[: max(1, canvas.shape[0] // 2 // step)]):
         text = f"{_drawable(result)} {100 * result['share']:.1f} %"
@@ -1593,7 +1593,7 @@ def _infer(args: argparse.Namespace) -> int:
     _warn_unproved(model)
     masks, writers = _writers(args, model.spec)
     stream = frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True)
-    # three threads: while a frame is computed, the next ones are decoded, and what the last one showed is told
+    # three threads: while one frame is computed, the next is decoded and the last one told
     computed = ahead(_computed(ahead(_prepared(stream, model.spec)), model.session, args.frames))
     failed = False
     with contextlib.ExitStack() as stack:
