@@ -476,9 +476,12 @@ def class_map(results: Results, size: Size) -> np.ndarray:
     """The masks of an answer, plain or not, in one: uint8 (height, width), the class of each pixel, or VOID."""
     classes = np.full(size, VOID, np.uint8)
     for result in results:
-        mask = result["mask"] if isinstance(result["mask"], np.ndarray) else from_rle(result["mask"])
-        np.copyto(classes, np.uint8(result["class_id"]), where=mask)
+        np.copyto(classes, np.uint8(result["class_id"]), where=_mask(result))
     return classes
+
+
+def _mask(result: dict[str, Any]) -> np.ndarray:
+    return result["mask"] if isinstance(result["mask"], np.ndarray) else from_rle(result["mask"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1043,7 +1046,7 @@ def _draw_boxes(canvas: np.ndarray, results: Results, factor: int) -> np.ndarray
 def _draw_masks(canvas: np.ndarray, results: Results, size: Size) -> np.ndarray:
     shown = [result for result in results if result["class_id"] or result["label"].lower() != "background"]
     for result in shown:
-        mask = result["mask"].view(np.uint8)
+        mask: np.ndarray = _mask(result).view(np.uint8)
         if canvas.shape[:2] != size:
             mask = cv2.resize(mask, canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         left, top, width, height = cv2.boundingRect(mask)
@@ -1593,7 +1596,7 @@ def _infer(args: argparse.Namespace) -> int:
     _warn_unproved(model)
     masks, writers = _writers(args, model.spec)
     stream = frames(sources) if sources else _video_frames(f"camera:{args.camera}", args.camera, live=True)
-    # three threads: while one frame is computed, the next is decoded and the last one told
+    # three threads: a frame is computed, the next decoded, the last told
     computed = ahead(_computed(ahead(_prepared(stream, model.spec)), model.session, args.frames))
     failed = False
     with contextlib.ExitStack() as stack:
@@ -1615,7 +1618,7 @@ def _infer(args: argparse.Namespace) -> int:
 def _prepared(
     stream: Generator[Frame, None, None], spec: Spec
 ) -> Generator[tuple[Frame, np.ndarray | None, str], None, None]:
-    """Each frame with the network's input, or with the reason why there is none: one bad image does not end the run."""
+    """Each frame with the network's input, or the reason why there is none: one bad image does not end it."""
     with contextlib.closing(stream):
         for frame in stream:
             blob, error = None, frame.error
@@ -1629,7 +1632,7 @@ def _prepared(
 def _computed(
     stream: Generator[tuple[Frame, np.ndarray | None, str], None, None], session: Session, limit: int
 ) -> Generator[tuple[Frame, Outputs, str], None, None]:
-    """Each frame with the network's outputs, or with the reason why there are none. limit: so many frames; 0: all."""
+    """Each frame with the outputs, or why there are none. limit: so many frames; 0: all."""
     with contextlib.closing(stream):
         for number, (frame, blob, error) in enumerate(stream, start=1):
             outputs: Outputs = {}
