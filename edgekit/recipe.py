@@ -106,7 +106,24 @@ class Train(_Section):
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak rate of AdamW; cosine decay to 0.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="AdamW's decoupled weight decay.")
     warmup_fraction: Fraction = Field(0.15, description="Share of the steps in which the rate rises from 0.")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Each stage's rate as a share of that of the stage after it: early stages change less."
+    )
     label_smoothing: Fraction = Field(0.1, description="classify: share of each label spread over all the classes.")
+    mixup: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="classify: alpha of the share in which two images (their frozen features) are mixed; 0: none."
+    )
+    class_balance: Share = Field(
+        0.0, description="classify: rare classes weigh more: by (how rare) to this power; 0 leaves all images equal."
+    )
+    ema_decay: Fraction = Field(
+        0.0, description="Keep a running average of the weights, this much of it a step; 0 keeps the last ones."
+    )
+    views: Annotated[int, Field(ge=0)] = Field(
+        4,
+        description="How many augmented views of each image are computed through the frozen stages, and then kept and "
+        "used in turn; 0: a new view each epoch, nothing kept.",
+    )
     patience: Annotated[int, Field(ge=1)] = Field(5, description="Epochs without a better result before stopping.")
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="Order, augmentation and the head's start; same seed, same CPU: same weights."
