@@ -62,7 +62,7 @@ def batches(
         raise ValueError("augment needs a seed")
     order = range(len(samples)) if seed is None else np.random.default_rng(seed).permutation(len(samples)).tolist()
     items = [(index, samples[index]) for index in order]
-    load = partial(_load, spec=spec, augment=augment, seed=seed)
+    load = partial(_load_in_epoch, spec=spec, augment=augment, seed=seed)
     with closing(in_order(load, items, workers=workers, ahead=2 * batch_size)) as stream:
         for start in range(0, len(items), batch_size):
             chosen = tuple(sample for _, sample in items[start : start + batch_size])
@@ -85,8 +85,20 @@ def _together(labels: Sequence[int | np.ndarray]) -> Labels:
     return np.stack(maps) if maps[0].dtype == np.uint8 else tuple(maps)
 
 
-def _load(item: tuple[int, Sample], spec: runner.Spec, augment: Augment | None, seed: int | None) -> _Loaded:
+def _load_in_epoch(item: tuple[int, Sample], spec: runner.Spec, augment: Augment | None, seed: int | None) -> _Loaded:
     index, sample = item
+    return _load(sample, spec, augment, None if seed is None else (seed, index))
+
+
+def load_view(sample: Sample, spec: runner.Spec, augment: Augment | None, seed: int, view: int) -> np.ndarray:
+    """One image, uint8 (h, w, 3) BGR, changed as (seed, view, the file's content) say, whatever images are beside it.
+
+    Raises DataError, naming the file, where it has vanished or broken since the check.
+    """
+    return _load(sample, spec, augment, (seed, view, int(sample.sha256[:16], 16))).image
+
+
+def _load(sample: Sample, spec: runner.Spec, augment: Augment | None, seed: Sequence[int] | None) -> _Loaded:
     try:
         image = runner.read_image(sample.path)
     except runner.RunnerError as error:
@@ -94,7 +106,7 @@ def _load(item: tuple[int, Sample], spec: runner.Spec, augment: Augment | None, 
     size = (image.shape[0], image.shape[1])
     if augment is None or seed is None:
         return _Loaded(runner.resize(image, spec), _label(sample, size, spec, _plain_view(size, spec)), size)
-    change = _draw(augment, np.random.default_rng((seed, index)))
+    change = _draw(augment, np.random.default_rng(seed))
     view = _view(size, spec, change)
     # A mirrored object would be one that no box is around.
     mirrors = spec.resize != "letterbox" and not isinstance(sample.label, tuple)
