@@ -47,6 +47,7 @@ def batches(
     augment: Augment | None = None,
     seed: int | None = None,
     workers: int | None = None,
+    order: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Batch]:
     """Decodes and resizes the samples in threads, at least one batch ahead; the last batch may be smaller.
 
@@ -55,20 +56,33 @@ def batches(
     workers (default: the CPUs, at most 8) has an influence. Without augment an image is exactly
     runner.resize(runner.read_image(path), spec), and boxes and masks are where runner.placement says. Boxes are cut at
     the input's edges; one of which less than KEPT_SHARE of the area or KEPT_PX a side is left there is left out.
-    Closing the iterator early ends its threads.
+    order: the indices of each batch, as `batch_order` gives them, instead of all in batches. Closing the iterator early
+    ends its threads.
     Raises DataError, naming the file, where one has vanished or broken since the check.
     """
     if augment is not None and seed is None:
         raise ValueError("augment needs a seed")
-    order = range(len(samples)) if seed is None else np.random.default_rng(seed).permutation(len(samples)).tolist()
-    items = [(index, samples[index]) for index in order]
+    chosen_order = batch_order(len(samples), batch_size, seed) if order is None else order
+    items = [(index, samples[index]) for batch in chosen_order for index in batch]
     load = partial(_load_in_epoch, spec=spec, augment=augment, seed=seed)
     with closing(in_order(load, items, workers=workers, ahead=2 * batch_size)) as stream:
-        for start in range(0, len(items), batch_size):
-            chosen = tuple(sample for _, sample in items[start : start + batch_size])
-            loaded = [next(stream) for _ in chosen]
-            images = np.stack([one.image for one in loaded])
-            yield Batch(images, _together([one.label for one in loaded]), chosen, tuple(one.size for one in loaded))
+        for batch in chosen_order:
+            loaded = [next(stream) for _ in batch]
+            images, sizes = np.stack([one.image for one in loaded]), tuple(one.size for one in loaded)
+            yield Batch(images, _together([one.label for one in loaded]), tuple(samples[i] for i in batch), sizes)
+
+
+def batch_order(
+    count: int, batch_size: int, seed: int | None, *, rank: int = 0, processes: int = 1, least: int = 1
+) -> list[list[int]]:
+    """The indices 0 .. count - 1 in batches, the last of which may be smaller.
+
+    seed: None keeps the order; a number >= 0 shuffles. Of several processes each gets its share of every batch: every
+    `processes`-th index from its rank on. Batches of which a process would get fewer than `least` are left out for all.
+    """
+    order = range(count) if seed is None else np.random.default_rng(seed).permutation(count).tolist()
+    batches = [list(order[start : start + batch_size]) for start in range(0, count, batch_size)]
+    return [batch[rank::processes] for batch in batches if len(batch) // processes >= least]
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,11 @@ def _together(labels: Sequence[int | np.ndarray]) -> Labels:
 def _load_in_epoch(item: tuple[int, Sample], spec: runner.Spec, augment: Augment | None, seed: int | None) -> _Loaded:
     index, sample = item
     return _load(sample, spec, augment, None if seed is None else (seed, index))
+
+
+def load_image(sample: Sample, spec: runner.Spec) -> np.ndarray:
+    """One image as the device prepares it, uint8 (h, w, 3) BGR. Raises DataError as `load_view`."""
+    return _load(sample, spec, None, None).image
 
 
 def load_view(sample: Sample, spec: runner.Spec, augment: Augment | None, seed: int, view: int) -> np.ndarray:

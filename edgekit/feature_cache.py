@@ -22,15 +22,16 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
 from edgekit.environments import cache_folder
 
 GIB = 1 << 30
+WRITE_BYTES = 1 << 22  # of rows that are written at once
 FREE_SHARE = 0.5  # of the disk's free room that the cache may take
-_ENTRY = struct.Struct("<32sII")  # the image's SHA-256, the view, the row's CRC-32
+_ENTRY = struct.Struct("<32siI")  # the image's SHA-256, the view, the row's CRC-32
 
 
 def features_folder() -> Path:
@@ -51,7 +52,7 @@ class Shelf:
 
     folder: Path
     shapes: tuple[tuple[int, ...], ...]
-    dtype: np.dtype[np.generic]
+    dtype: np.dtype[np.floating[Any]]
     _places: dict[tuple[bytes, int], _Place] = field(default_factory=dict)
     _maps: dict[Path, mmap.mmap | bytes] = field(default_factory=dict)
     _writer: _Writer | None = None
@@ -61,6 +62,11 @@ class Shelf:
     def row_bytes(self) -> int:
         """Bytes of a row."""
         return row_bytes(self.shapes, self.dtype)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its rows on disk."""
+        return _size(self.folder)
 
     def has(self, sha256: str, view: int) -> bool:
         """Whether the row was written; only `get` tells whether it is whole."""
@@ -117,13 +123,13 @@ class Shelf:
         return mapped[start : start + self.row_bytes]
 
 
-def row_bytes(shapes: Sequence[Sequence[int]], dtype: np.dtype[np.generic]) -> int:
+def row_bytes(shapes: Sequence[Sequence[int]], dtype: np.dtype[np.floating[Any]]) -> int:
     """Bytes of a row of arrays of these shapes."""
     return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
 
 
 def open_shelf(
-    key: str, shapes: Sequence[Sequence[int]], dtype: np.dtype[np.generic], folder: Path | None = None
+    key: str, shapes: Sequence[Sequence[int]], dtype: np.dtype[np.floating[Any]], folder: Path | None = None
 ) -> Shelf:
     """The shelf of this key (hex), with what others left there. folder: of all shelves; None: `features_folder`.
 
@@ -139,26 +145,33 @@ def open_shelf(
 
 @dataclass
 class _Writer:
+    """Gathers rows and writes many at once; no file stays open."""
+
     path: Path
-    rows: BinaryIO
-    index: BinaryIO
-    count: int = 0
+    count: int = 0  # of rows, those that are not written yet too
+    rows: list[bytes] = field(default_factory=list)
+    entries: list[bytes] = field(default_factory=list)
 
     @classmethod
     def create(cls, folder: Path) -> _Writer:
         handle, name = tempfile.mkstemp(dir=folder, suffix=".rows")
-        path = Path(name)
-        return cls(path, os.fdopen(handle, "wb"), path.with_suffix(".index").open("xb"))
+        os.close(handle)
+        return cls(Path(name))
 
     def append(self, data: bytes, entry: bytes) -> int:
-        self.rows.write(data)
-        self.index.write(entry)
+        self.rows.append(data)
+        self.entries.append(entry)
         self.count += 1
+        if len(self.rows) * len(data) >= WRITE_BYTES:
+            self.flush()
         return self.count - 1
 
     def flush(self) -> None:
-        self.rows.flush()
-        self.index.flush()
+        rows, self.rows = self.rows, []
+        entries, self.entries = self.entries, []
+        for path, parts in ((self.path, rows), (self.path.with_suffix(".index"), entries)):
+            with path.open("ab") as file:
+                file.write(b"".join(parts))
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

@@ -96,7 +96,9 @@ class Augment(_Section):
 class Train(_Section):
     """[train]"""
 
-    head_epochs: Annotated[int, Field(ge=0)] = Field(1, description="Epochs for the new head, the backbone frozen.")
+    head_epochs: Annotated[int, Field(ge=0)] = Field(
+        0, description="Epochs for the new head alone, before the rest; 0: it learns with the last stages at once."
+    )
     epochs: Annotated[int, Field(ge=0)] = Field(6, description="Epochs for the head and the backbone's last stages.")
     unfrozen_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.35, description="Share of the backbone's stages, from the last, that `epochs` trains; 1 trains all."
@@ -105,7 +107,7 @@ class Train(_Section):
     head_learning_rate: Annotated[float, Field(gt=0)] = Field(5e-3, description="Peak rate while only the head learns.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak rate of AdamW; cosine decay to 0.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="AdamW's decoupled weight decay.")
-    warmup_fraction: Fraction = Field(0.15, description="Share of the steps in which the rate rises from 0.")
+    warmup_fraction: Fraction = Field(0.05, description="Share of the steps in which the rate rises from 0.")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Each stage's rate as a share of that of the stage after it: early stages change less."
     )
@@ -121,8 +123,8 @@ class Train(_Section):
     )
     views: Annotated[int, Field(ge=0)] = Field(
         4,
-        description="How many augmented views of each image are computed through the frozen stages, and then kept and "
-        "used in turn; 0: a new view each epoch, nothing kept.",
+        description="classify: how many augmented views of each image are computed through the frozen stages, and then "
+        "kept and used in turn; 0: a new view each epoch, nothing kept.",
     )
     patience: Annotated[int, Field(ge=1)] = Field(5, description="Epochs without a better result before stopping.")
     seed: Annotated[int, Field(ge=0)] = Field(
@@ -175,7 +177,15 @@ class Recipe(_Section):
 
 # What suits boxes and masks better than the defaults, which are for whole images: more of the network learns, and for
 # longer, as much of it is new; and boxes are not turned, since a turned box is a looser one.
-_DENSE_TRAIN = {"unfrozen_fraction": 0.65, "head_learning_rate": 2e-3, "learning_rate": 2e-3, "patience": 15}
+_DENSE_TRAIN = {
+    "head_epochs": 1,
+    "unfrozen_fraction": 0.65,
+    "head_learning_rate": 2e-3,
+    "learning_rate": 2e-3,
+    "warmup_fraction": 0.15,
+    "patience": 15,
+    "views": 0,
+}
 _SUITED: dict[Task, dict[str, dict[str, Any]]] = {
     "classify": {},
     "detect": {

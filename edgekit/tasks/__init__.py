@@ -49,12 +49,16 @@ def forward(model: torch.nn.Module, blobs: np.ndarray, task: str) -> runner.Outp
     device = next(model.parameters()).device
     with torch.inference_mode():
         images = torch.from_numpy(blobs).to(device).contiguous(memory_format=torch.channels_last)
-        found = model(images)
-        outputs = (found,) if isinstance(found, torch.Tensor) else found
-        return {
-            name: output.float().cpu().contiguous().numpy()
-            for name, output in zip(TASKS[task].OUTPUTS, outputs, strict=True)
-        }
+        return named(model(images), task)
+
+
+def named(found: torch.Tensor | Sequence[torch.Tensor], task: str) -> runner.Outputs:
+    """What a network gives → the task's OUTPUTS by name, float32."""
+    outputs = (found,) if isinstance(found, torch.Tensor) else found
+    return {
+        name: output.float().cpu().contiguous().numpy()
+        for name, output in zip(TASKS[task].OUTPUTS, outputs, strict=True)
+    }
 
 
 def answers(outputs: runner.Outputs, spec: runner.Spec, sizes: Sequence[tuple[int, int]]) -> list[runner.Results]:

@@ -96,10 +96,19 @@ def head(model: torch.nn.Module) -> torch.nn.Module:
     return backbones.head(model)
 
 
-def loss(outputs: torch.Tensor, labels: np.ndarray, recipe: Recipe) -> torch.Tensor:
-    """Logits (N, C), class ids int64 (N,) → cross-entropy with label smoothing (Szegedy et al., arXiv:1512.00567)."""
+def loss(
+    outputs: torch.Tensor, labels: np.ndarray, recipe: Recipe, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits (N, C), class ids int64 (N,) → cross-entropy with label smoothing (Szegedy et al., arXiv:1512.00567).
+
+    class_weights: float32 (C,); the mean over the images is not divided by their weights' sum, so that a batch of rare
+    ones counts for more.
+    """
     truth = torch.from_numpy(labels).to(outputs.device)
-    return F.cross_entropy(outputs.float(), truth, label_smoothing=recipe.train.label_smoothing)
+    if class_weights is None:
+        return F.cross_entropy(outputs.float(), truth, label_smoothing=recipe.train.label_smoothing)
+    each = F.cross_entropy(outputs.float(), truth, label_smoothing=recipe.train.label_smoothing, reduction="none")
+    return (each * class_weights[truth]).mean()
 
 
 def metric(answers: Sequence[runner.Results], samples: Sequence[Sample]) -> float:

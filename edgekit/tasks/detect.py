@@ -114,7 +114,7 @@ def head(model: nn.Module) -> nn.Module:
 # The loss
 
 
-def loss(outputs: Sequence[torch.Tensor], labels: Sequence[np.ndarray], _: Recipe) -> torch.Tensor:
+def loss(outputs: Sequence[torch.Tensor], labels: Sequence[np.ndarray], recipe: Recipe) -> torch.Tensor:  # noqa: ARG001 (every task's loss)
     """The network's outputs and each image's boxes, float32 (n, 5) [class, left, top, right, bottom] → what is wrong.
 
     Of every cell and class binary cross-entropy, whose target at the cells that a box trains is how well they fit it

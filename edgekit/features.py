@@ -1,0 +1,156 @@
+"""What the frozen part of a network gives for images and for augmented views of them: computed once, then kept.
+
+The rows of training images are float16 (half the room; augmentation changes far more than that rounding), those of
+validation images float32, so that figures are those of the whole network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+
+import cv2
+import numpy as np
+
+from edgekit import feature_cache, runner
+from edgekit.batches import load_image, load_view
+from edgekit.datasets import in_order
+from edgekit.feature_cache import Shelf
+from edgekit.frozen import Frozen, Parts
+from edgekit.recipe import Augment
+from edgekit.samples import Sample
+
+FORM = 1  # of what is computed for an image; another number where the same key would give other values
+
+PLAIN = -1  # the view of an image as it is
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """arrays: what the frozen part gives, float32 (N, ...) each; labels: int64 (N,); samples: where each came from."""
+
+    arrays: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    samples: tuple[Sample, ...]
+
+
+@dataclass
+class Features:
+    """The features of a run's images. `open_features` makes one."""
+
+    frozen: Frozen
+    spec: runner.Spec
+    augment: Augment
+    seed: int
+    train: tuple[Shelf, ...]  # one for each of the trunk's parts
+    plain: tuple[Shelf, ...]
+    is_full: bool = field(default=False)  # the disk was: what is computed from now on is not kept
+
+    def fill(self, samples: Sequence[Sample], view: int, part: int, on_image: Callable[[int, int], None]) -> None:
+        """Computes what is missing of a view for the trunk's parts up to `part` (from 0), in all threads.
+
+        view: from 0, or PLAIN. on_image: called with how many are done, and of how many.
+        """
+        shelves = self._shelves(view)[: part + 1]
+        missing = [sample for sample in samples if not all(shelf.has(sample.sha256, view) for shelf in shelves)]
+        if self.is_full:
+            return
+        compute = partial(self._compute, view=view, part=part)
+        with closing(in_order(compute, missing, workers=None, ahead=AHEAD)) as stream:
+            for done, _ in enumerate(stream, start=1):
+                on_image(done, len(missing))
+        for shelf in shelves:
+            self._keep(shelf.flush)
+
+    def refresh(self) -> None:
+        """Looks what other processes of the run have computed."""
+        for shelf in (*self.train, *self.plain):
+            shelf.refresh()
+
+    def batches(
+        self, samples: Sequence[Sample], view: int, part: int, order: Sequence[Sequence[int]]
+    ) -> Iterator[FeatureBatch]:
+        """A part's rows, a batch for each list of indices in `order`; what is not kept is computed again."""
+        load = partial(self._row, view=view, part=part)
+        chosen = [[samples[index] for index in batch] for batch in order]
+        items = [sample for batch in chosen for sample in batch]
+        with closing(in_order(load, items, workers=None, ahead=AHEAD)) as stream:
+            for batch in chosen:
+                rows = [next(stream) for _ in batch]
+                arrays = tuple(np.stack(column).astype(np.float32) for column in zip(*rows, strict=True))
+                yield FeatureBatch(arrays, np.array([sample.label for sample in batch], np.int64), tuple(batch))
+
+    def _row(self, sample: Sample, view: int, part: int) -> tuple[np.ndarray, ...]:
+        kept = self._shelves(view)[part].get(sample.sha256, view)
+        return self._compute(sample, view, part)[part] if kept is None else kept
+
+    def _compute(self, sample: Sample, view: int, part: int) -> Parts:
+        if view == PLAIN:
+            image = load_image(sample, self.spec)
+        else:
+            image = load_view(sample, self.spec, self.augment, self.seed, view)
+        parts = self.frozen.run(runner.normalize(image[None], self.spec), part + 1)
+        for shelf, arrays in zip(self._shelves(view), parts, strict=False):
+            limit = np.finfo(shelf.dtype).max
+            self._keep(partial(shelf.put, sample.sha256, view, [array.clip(-limit, limit) for array in arrays]))
+        return parts
+
+    def _keep(self, write: Callable[[], object]) -> None:
+        try:
+            if not self.is_full:
+                write()
+        except OSError:
+            self.is_full = True
+
+    def _shelves(self, view: int) -> tuple[Shelf, ...]:
+        return self.plain if view == PLAIN else self.train
+
+
+AHEAD = 64  # images in the threads' hands
+
+
+def open_features(
+    frozen: Frozen,
+    spec: runner.Spec,
+    augment: Augment,
+    seed: int,
+    counts: tuple[int, int, int],
+    limit_bytes: int,
+) -> tuple[Features, int] | None:
+    """The features of images prepared as `spec` and `augment` say, and how many views of each there is room for.
+
+    counts: training images, validation images, views wanted. limit_bytes: of all that is kept for any run. None where
+    not even one view fits, or the cache's folder cannot be written.
+    """
+    train_count, val_count, views = counts
+    height, width = spec.input_size
+    shapes = [
+        [array.shape for array in part]
+        for part in frozen.run(np.zeros((1, 3, height, width), np.float32), frozen.part_count)
+    ]
+    pixels = {key: value for key, value in spec.to_dict().items() if key in _PIXELS}
+    plain_keys = [_key(frozen.key, part, pixels) for part in range(len(shapes))]
+    train_keys = [_key(frozen.key, part, pixels, augment.model_dump(), seed) for part in range(len(shapes))]
+    half, single = np.dtype(np.float16), np.dtype(np.float32)
+    view_bytes = train_count * sum(feature_cache.row_bytes(part, half) for part in shapes)
+    plain_bytes = val_count * sum(feature_cache.row_bytes(part, single) for part in shapes)
+    try:
+        room = feature_cache.make_room(views * view_bytes + plain_bytes, limit_bytes, plain_keys + train_keys)
+        plain = [feature_cache.open_shelf(*each, single) for each in zip(plain_keys, shapes, strict=True)]
+        train = [feature_cache.open_shelf(*each, half) for each in zip(train_keys, shapes, strict=True)]
+    except OSError:
+        return None
+    room += sum(shelf.size_bytes for shelf in (*plain, *train))
+    fitting = min(views, (room - plain_bytes) // view_bytes)
+    return (Features(frozen, spec, augment, seed, tuple(train), tuple(plain)), fitting) if fitting >= 1 else None
+
+
+_PIXELS = ("input_size", "resize", "interpolation", "color_order", "mean_255", "std_255")  # what of a Spec moves pixels
+
+
+def _key(*values: object) -> str:
+    return hashlib.sha256(json.dumps([FORM, cv2.__version__, *values], sort_keys=True).encode()).hexdigest()
