@@ -154,7 +154,7 @@ def precision_recall_picture(pr_curves: Mapping[str, Sequence[float]], theme: Th
         figure = Figure(figsize=(5.2, 4.2), dpi=DPI)
         axes = figure.add_axes((0, 0, 1, 1))
         for index, name in enumerate(crowd):
-            label = f"{len(crowd)} better classes" if index == 0 else None
+            label = f"{len(crowd)} better class{'es' if len(crowd) > 1 else ''}" if index == 0 else None
             axes.plot(range(101), _percents(pr_curves[name]), color=colors.muted, linewidth=0.6, label=label)
         for name, look in zip(named, _curve_looks(theme), strict=False):
             label = f"{short(drawable(name), 24)}  {100 * ap[name]:.1f} %"
