@@ -161,6 +161,11 @@ class RunFolder:
         return self.path / "quantize.json"
 
     @property
+    def latency(self) -> Path:
+        """latency/: a file a target and device, written by bench --run."""
+        return self.path / "latency"
+
+    @property
     def report(self) -> Path:
         """report.html, for people."""
         return self.path / "report.html"

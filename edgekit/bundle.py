@@ -304,7 +304,7 @@ def _readme(folder: RunFolder, target: Target, shipped: _Shipped) -> str:
         precision=shipped.precision,
         install=_indented(target.install),
         classes=f"{len(spec.class_names)} ({classes})",
-        size=f"{spec.input_size[1]}×{spec.input_size[0]}",
+        size="x".join(map(str, spec.input_size)),
         images=len(folder.check_images()),
         formats=_FORMATS[spec.task],
     )
@@ -334,7 +334,7 @@ _README = """# {name} for {target}
 
 {description}
 
-Network input {size} px; classes: {classes}.
+Network input {size} px (height x width); classes: {classes}.
 Needs {needs}; nothing else.
 It runs through {backend} and is {precision}: where that is missing, `run.py` says so and stops.
 

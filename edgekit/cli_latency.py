@@ -53,6 +53,10 @@ def bench(
     python: DevicePython = "",
     ssh_config: SshConfig = None,
     allow_fallback: AllowFallback = False,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="RUN", help="The bundle's run: keep the figures there, for its report.html."),
+    ] = None,
     save: Save = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,11 +70,15 @@ def bench(
     """
     where = _device(device, python, ssh_config)
     count = _threads(threads)
+    if run_folder:
+        _require_own(bundle, run_folder)
     from edgekit.progress import display
 
     with display() as show:
         run, sweep = _measure(bundle, where, count, seconds, allow_fallback, show)
     files = _save(run, save)
+    if run_folder:
+        _keep(run, run_folder)
     if as_json:
         print_json({**run.model_dump(mode="json"), "threads": sweep})
         return
@@ -113,6 +121,27 @@ def _save(record: LatencyRun | Comparison, folder: Path | None) -> tuple[Path, .
     from edgekit.latency_files import save
 
     return save(record, folder) if folder else ()
+
+
+def _require_own(bundle: Path, run: Path) -> None:
+    """Raises ArtifactError where the bundle has other weights than the run."""
+    from edgekit.artifacts import open_run, read_json
+    from edgekit.runner import file_sha256
+
+    weights = file_sha256(open_run(run).weights)
+    if read_json(bundle / "manifest.json").get("provenance", {}).get("weights_sha256") != weights:
+        raise ArtifactError(
+            f"{bundle} is not a bundle of {run}, or of earlier weights: make one with `edgekit bundle {run}`"
+        )
+
+
+def _keep(record: LatencyRun, folder: Path) -> None:
+    from edgekit.artifacts import RunFolder
+    from edgekit.latency_files import keep
+    from edgekit.report import write_report
+
+    keep(record, RunFolder(folder))
+    write_report(RunFolder(folder))
 
 
 def _print_notes(word: str, notes: tuple[str, ...], files: tuple[Path, ...]) -> None:

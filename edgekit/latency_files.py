@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from pydantic import ValidationError
 
 from edgekit import runner
-from edgekit.artifacts import read_json, write_bytes, write_json, write_text
+from edgekit.artifacts import RunFolder, read_json, write_bytes, write_json, write_text
 from edgekit.errors import ArtifactError
 from edgekit.latency import Case, Clock, Comparison, LatencyRun, Subject, ms_text, share_text
 from edgekit.latency_pictures import latency_picture
@@ -566,6 +566,26 @@ def short_revision(subject: Subject) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------
 # All of them
+
+
+def keep(record: LatencyRun, run: RunFolder) -> Path:
+    """Writes what was measured of a run's bundle into the run; → the file.
+
+    What was measured before of this target on this device is replaced. Raises ArtifactError where it cannot be written.
+    """
+    device = re.sub(r"[^\w.@-]", "_", record.subject.device)
+    path = run.latency / f"{record.subject.target}-{device}.json"
+    write_latency_json(path, record)
+    return path
+
+
+def kept(run: RunFolder) -> tuple[LatencyRun, ...]:
+    """What `keep` left in a run, by the names of its files. Raises ArtifactError where one of them is damaged."""
+    records = [(path, read_latency_json(path)) for path in sorted(run.latency.glob("*.json"))]
+    for path, record in records:
+        if not isinstance(record, LatencyRun) or "end_to_end" not in record.samples_ms:
+            raise ArtifactError(f"{path} is not what `edgekit bench --run` writes: take it away")
+    return tuple(record for _, record in records if isinstance(record, LatencyRun))
 
 
 def save(record: Record, folder: Path) -> tuple[Path, ...]:

@@ -44,7 +44,7 @@ class Theme:
 
 
 THEMES: dict[ThemeName, Theme] = {
-    "light": Theme("#f5f5f2", "#ffffff", "#f3f3f0", "#deded8", "#6a6a66", "#1c1c1a", "#1f6feb", "#d9480f", "#12946c"),
+    "light": Theme("#f5f5f2", "#ffffff", "#f3f3f0", "#deded8", "#6a6a66", "#1c1c1a", "#1864d9", "#c2410c", "#12946c"),
     "dark": Theme("#121214", "#1c1c1f", "#252529", "#37373c", "#9c9ca3", "#ececf0", "#5ea0ff", "#ff8a50", "#3ccf9f"),
 }
 
@@ -154,7 +154,7 @@ def precision_recall_picture(pr_curves: Mapping[str, Sequence[float]], theme: Th
         figure = Figure(figsize=(5.2, 4.2), dpi=DPI)
         axes = figure.add_axes((0, 0, 1, 1))
         for index, name in enumerate(crowd):
-            label = f"{len(crowd)} better classes" if index == 0 else None
+            label = f"{len(crowd)} better class{'es' if len(crowd) > 1 else ''}" if index == 0 else None
             axes.plot(range(101), _percents(pr_curves[name]), color=colors.muted, linewidth=0.6, label=label)
         for name, look in zip(named, _curve_looks(theme), strict=False):
             label = f"{short(drawable(name), 24)}  {100 * ap[name]:.1f} %"
@@ -264,11 +264,14 @@ def _mark_phases(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme
 
 def _mark_best(axes: Axes, history: Sequence[Mapping[str, Any]], colors: Theme) -> None:
     """A larger dot, and the figure, at the epoch whose weights are kept: the best metric, then the lowest loss."""
+    from matplotlib.patheffects import withStroke
+
     best = max(history, key=lambda row: (float(row["val_metric"]), -float(row["val_loss"])))
     at = (int(best["epoch"]), 100 * float(best["val_metric"]))
     axes.plot(*at, "o", color=colors.wrong, markersize=8)
     offset = (0, -16)  # under the point: the curve's best is at its top
-    axes.annotate(f"{at[1]:.2f}", at, offset, textcoords="offset points", ha="center", color=colors.ink)
+    text = axes.annotate(f"{at[1]:.2f}", at, offset, textcoords="offset points", ha="center", color=colors.ink)
+    text.set_path_effects([withStroke(linewidth=4, foreground=colors.surface)])  # a steep curve runs through it
 
 
 def title_style(colors: Theme) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """Shared by the tests: one real run, small but whole, made once a session."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import sshd as servers
+
+if TYPE_CHECKING:
+    from edgekit.recipe import Task
 
 CPU = Path("/proc/cpuinfo")
 if CPU.is_file() and "avx_vnni" in CPU.read_text(encoding="utf-8").split():
@@ -51,6 +56,27 @@ def finished_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     run = finetune(recipe, read_dataset(digits), tmp_path_factory.mktemp("runs")).run
     export(run)
     return run
+
+
+@pytest.fixture(scope="session")
+def canvases_run(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[Task], Path]":
+    """Of detect or segment: a run folder trained for a few epochs on 48 canvases of digits, exported (so proved)."""
+    from edgekit import demo
+    from edgekit.datasets import read_dataset
+    from edgekit.export import export
+    from edgekit.finetune import finetune
+
+    @cache
+    def make(task: "Task") -> Path:
+        data = tmp_path_factory.mktemp("canvases") / task
+        (demo.write_boxes if task == "detect" else demo.write_masks)(data, {"train": 48, "val": 16})
+        recipe = demo.canvases_recipe(data, task)
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"head_epochs": 1, "epochs": 6})})
+        run = finetune(recipe, read_dataset(data, task), tmp_path_factory.mktemp("runs")).run
+        export(run)
+        return run
+
+    return make
 
 
 @pytest.fixture(scope="session")

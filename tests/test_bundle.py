@@ -58,6 +58,7 @@ def test_a_bundle_holds_what_the_contract_says(built: Path, finished_run: Path) 
     assert manifest["provenance"]["weights_sha256"] == runner.file_sha256(finished_run / "model.safetensors")
     assert manifest["provenance"]["dataset_sha256"] == read_split(finished_run / "split.csv").sha256
     readme = (built / "README.md").read_text(encoding="utf-8")
+    assert "Network input 64x64 px (height x width); classes: 10 (0, 1, 2" in readme
     assert "python3 run.py check" in readme and "{" not in readme
 
 

@@ -1,6 +1,7 @@
 """bench, compare and history as a user runs them, on real bundles."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,12 @@ import pytest
 from bundles import sign, write_bundle
 from sshd import Sshd
 
-from edgekit.artifacts import write_archive
+from edgekit.artifacts import RunFolder, write_archive
+from edgekit.bundle import bundle
 from edgekit.latency import Comparison, LatencyRun
+from edgekit.latency_files import kept
+from edgekit.report import latency_lines
+from edgekit.targets import read_target
 
 
 def edgekit(*words: object) -> subprocess.CompletedProcess[str]:
@@ -116,6 +121,19 @@ def test_a_bench_leaves_what_history_and_advice_read(base: Path, tmp_path: Path)
         advice = edgekit("compare", stored, candidate)
         assert (advice.returncode, advice.stdout[:20]) == (0, "ADVISORY: end to end"), advice.stderr
     assert edgekit("compare", stored, stored, "--strict").returncode == 3
+
+
+def test_a_bench_is_kept_in_the_bundles_run(finished_run: Path, base: Path, tmp_path: Path) -> None:
+    run = RunFolder(Path(shutil.copytree(finished_run, tmp_path / "digits")))
+    built = bundle(run.path, read_target("cpu"), tmp_path / "dist").path
+    refused = edgekit("bench", base, "--run", run.path)
+    assert refused.returncode == 2 and f"is not a bundle of {run.path}" in refused.stderr.replace("\n", " ")
+    assert not run.latency.exists()
+    answer = edgekit("bench", built, "--seconds", "0.2", "--run", run.path, "--json")
+    assert answer.returncode == 0, answer.stderr
+    (record,) = kept(run)
+    assert record.model_dump(mode="json") == {k: v for k, v in json.loads(answer.stdout).items() if k != "threads"}
+    assert latency_lines(record)[0] in run.report.read_text(encoding="utf-8")
 
 
 def test_a_comparison_is_no_measurement_to_compare_with(base: Path, tmp_path: Path) -> None:

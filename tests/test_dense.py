@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,14 @@ import pytest
 from edgekit import demo, runner
 from edgekit.artifacts import RunFolder, read_json
 from edgekit.bundle import bundle
-from edgekit.datasets import guess_task, read_dataset, read_split
+from edgekit.datasets import guess_task, read_split
 from edgekit.errors import DataError
 from edgekit.evaluate import evaluate
-from edgekit.export import export
 from edgekit.finetune import finetune, resume
 from edgekit.quantize import quantize
 from edgekit.recipe import Task
 from edgekit.targets import read_target
 
-CANVASES = {"train": 48, "val": 16}
 METRICS: dict[str, tuple[str, str]] = {"detect": ("mAP@0.5", "map50"), "segment": ("mean IoU", "mean_iou")}
 
 
@@ -32,15 +31,8 @@ def task(request: pytest.FixtureRequest) -> Task:
 
 
 @pytest.fixture(scope="module")
-def run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Trained for a few epochs, exported (so proved), for each task."""
-    data = tmp_path_factory.mktemp("canvases") / task
-    (demo.write_boxes if task == "detect" else demo.write_masks)(data, CANVASES)
-    recipe = demo.canvases_recipe(data, task)
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"head_epochs": 1, "epochs": 6})})
-    path = finetune(recipe, read_dataset(data, task), tmp_path_factory.mktemp("runs")).run
-    export(path)
-    return RunFolder(path)
+def run(task: Task, canvases_run: Callable[[Task], Path]) -> RunFolder:
+    return RunFolder(canvases_run(task))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,36 @@ def test_rows_and_columns_are_not_mixed_up() -> None:
     label = np.array([[1, 34, 2, 38, 6]], np.float32)
     expected = (42 * 2 - 1) * NOTHING + math.log1p(math.exp(2))
     assert float(loss(outputs, (label,), recipe())) == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.tuples(st.integers(1, 4), st.integers(1, 4)).map(lambda sides: (32 * sides[0], 32 * sides[1])),
+    class_count=st.integers(1, 3),
+)
+def test_the_runner_answers_with_the_boxes_that_the_loss_sees(
+    seed: int, size: tuple[int, int], class_count: int
+) -> None:
+    """Else one thing would be learnt and another answered. No score is another's, so each box is known by its rank."""
+    random = np.random.default_rng(seed)
+    sides = [(size[0] // stride, size[1] // stride) for stride in detect.STRIDES]
+    count = class_count * sum(height * width for height, width in sides)
+    logits = iter(random.permutation(np.linspace(-6, 6, count)).astype(np.float32))
+    outputs = {}
+    for stride, side in zip(detect.STRIDES, sides, strict=True):
+        shape = (1, class_count, *side)
+        outputs[f"classes_{stride}"] = np.fromiter(logits, np.float32, math.prod(shape)).reshape(shape)
+        outputs[f"boxes_{stride}"] = random.normal(0.5, 1.5, (1, 4, *side)).clip(-6, 5).astype(np.float32)
+    spec = replace(SPEC, input_size=size, class_names=NAMES[:class_count], iou_threshold=1.0)
+    answers = runner.detect(outputs, spec, size, min_score=0.0)
+
+    maps = [torch.from_numpy(outputs[name]) for name in detect.OUTPUTS]
+    boxes = detect._decode(detect._flat(maps[1::2]), *detect._cells(maps[0::2]))[0].numpy()
+    order = np.argsort(-detect._flat(maps[0::2])[0].numpy().ravel())
+    in_photo = boxes[order // class_count].clip(0, (size[1], size[0]) * 2)
+    assert [answer["class_id"] for answer in answers] == (order % class_count).tolist()
+    np.testing.assert_allclose([answer["box"] for answer in answers], in_photo, rtol=1e-5, atol=1e-3)
 
 
 def test_a_rare_class_weighs_more() -> None:

@@ -116,8 +116,8 @@ ALLOWED = {
     "terminal": set(),
     "cli_latency": STAGES | NOUNS | LAYER_0,
     "report": RECORDS
-    | {"arm64", "artifacts", "backbones", "datasets", "history", "latency", "overlays", "parity", "pictures"}
-    | {"quantization_pictures", "threads", "timing", "workload"},
+    | {"arm64", "artifacts", "backbones", "datasets", "history", "latency", "latency_files", "overlays", "parity"}
+    | {"pictures", "quantization_pictures", "threads", "timing", "workload"},
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},

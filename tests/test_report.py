@@ -39,6 +39,7 @@ from edgekit.backbones import LISTED, Backbone
 from edgekit.datasets import Dataset, Problem, write_split
 from edgekit.errors import ArtifactError, ConfigError
 from edgekit.latency import LatencyRun, Subject
+from edgekit.latency_files import keep, write_latency_json
 from edgekit.recipe import make_recipe, to_toml
 from edgekit.report import evaluation, figures
 from edgekit.samples import Sample
@@ -619,7 +620,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.addresses += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action", "data")]
         self.alts += [value or "" for key, value in attrs if key == "alt"]
-        if tag not in ("meta", "img", "source"):
+        if tag not in ("meta", "img", "source", "br"):
             self._open.append(tag)
         if tag == "section":
             self._section = dict(attrs)["id"] or ""
@@ -673,6 +674,7 @@ def make_run(folder: Path, names: tuple[str, ...] = NAMES) -> RunFolder:
     write_bytes(run.weights, b"w" * 1_250_000)
     write_bytes(run.onnx, b"o" * 2_340_000)
     write_json(run.quantization, quantize_record(engines=2) | {"onnx_sha256": runner.file_sha256(run.onnx)})
+    keep(latency_run(), run)
     return run
 
 
@@ -693,6 +695,7 @@ def test_the_page_shows_the_files_figures(run: RunFolder) -> None:
         "Worst mistakes",
         "Export parity",
         "Quantization",
+        "Latency",
         "How it was made",
         "Conditions",
     ]
@@ -701,12 +704,13 @@ def test_the_page_shows_the_files_figures(run: RunFolder) -> None:
         "classes": cells(report.per_class_table(metrics())),
         "parity": cells(report.parity_table(PARITY)),
         "quantization": QUANTIZED + SEARCHED,
+        "latency": cells(report.latency_table(latency_run())),
     }
     assert page.section("summary") == (
         "Summary 70.00 %top-1, torch 70.00 %top-1, onnx 60.00 %top-1, bundle 10val images 3classes "
-        "int8-mixedprecision, openvino 2.3 MBmodel.onnx "
+        "int8-mixedprecision, openvino 13.5 msan image, cpu, pi@board 2.3 MBmodel.onnx "
         "Taskclassify Backbonetf_efficientnet_lite0 Started frompublished ImageNet weights Datapets <b> "
-        "Images3 for training, 1 for validation Network input128x96 px, stretch, linear interpolation "
+        "Images3 for training, 1 for validation Network input96x128 px (height x width), stretch, linear interpolation "
         "Classescat, dog, newt"
     )
     assert "newt → dog 87.50 %true class 6.25 %newt/one.png" in page.section("mistakes")
@@ -905,6 +909,28 @@ def test_the_pages_quantization_without_search_and_without_anything_that_ran(run
     assert "int8 on 4.14.0 openvino, timed out: took <b>60 s</b>" in page.section("quantization")
 
 
+def test_the_page_shows_the_latency_on_each_device(run: RunFolder) -> None:
+    subject = latencies.subject(device="pi@board/<b>", target="rpi5")
+    slow = latencies.run(scale=2.0, subject=subject, conditions={}, warnings=("unstable: <b>",))
+    assert keep(slow, run) == run.latency / "rpi5-pi@board__b_.json"
+    page = page_of(run)
+    assert page.tables["latency"] == [*cells(report.latency_table(latency_run())), *cells(report.latency_table(slow))]
+    text = page.section("latency")
+    assert text.startswith("Latency cpu on pi@board, 2026-01-01 ms") and "rpi5 on pi@board/<b>, 2026-01-02" in text
+    assert text.count("doubtful: ") == text.count("doubtful: unstable: <b>") == 1
+    for line in (*report.latency_lines(latency_run()), *report.latency_lines(slow)):
+        assert line in text
+    assert "10.8 msan image, rpi5, pi@board/<b>" in page.section("summary")
+    assert keep(latency_run(images_per_second=1.5), run) == run.latency / "cpu-pi@board.json"
+    assert len(page_of(run).tables["latency"]) == len(page.tables["latency"]), "the newer one takes its place"
+
+
+def test_a_comparison_is_no_latency_of_a_run(run: RunFolder) -> None:
+    write_latency_json(run.latency / "gate.json", latencies.comparison(latencies.case()))
+    with pytest.raises(ArtifactError, match=r"gate.json is not what `edgekit bench --run` writes: take it away"):
+        report.write_report(run)
+
+
 def test_hostile_quantization_is_text(run: RunFolder) -> None:
     record: dict[str, Any] = quantize_record(engines=1) | {
         "why": HOSTILE[0],
@@ -931,6 +957,7 @@ def test_hostile_quantization_is_text(run: RunFolder) -> None:
         ("parity.json", ("parity",), "edgekit export {run}."),
         ("history.csv", ("curves",), "edgekit finetune DATA."),
         ("quantize.json", ("quantization",), "edgekit quantize {run}."),
+        ("latency/cpu-pi@board.json", ("latency",), "edgekit bench dist/pets-1-cpu --run {run}."),
         ("recipe.toml", ("recipe",), "edgekit finetune DATA."),
     ],
 )

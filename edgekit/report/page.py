@@ -15,6 +15,8 @@ from edgekit import overlays, runner
 from edgekit.artifacts import RunFolder, write_text
 from edgekit.datasets import read_split
 from edgekit.errors import ArtifactError
+from edgekit.latency import LatencyRun
+from edgekit.latency_files import kept
 from edgekit.pictures import (
     THEMES,
     ThemeName,
@@ -35,7 +37,7 @@ from edgekit.report.evaluation import (
     text_columns,
     verdict,
 )
-from edgekit.report.figures import duration, megabytes, percent, rate
+from edgekit.report.figures import duration, megabytes, milliseconds, percent, rate
 from edgekit.report.quantization import (
     float_layers_caption,
     float_layers_rows,
@@ -44,7 +46,7 @@ from edgekit.report.quantization import (
     quantization_rows,
 )
 from edgekit.report.records import read_history, read_metrics, read_parity, read_quantization
-from edgekit.report.tables import parity_rows
+from edgekit.report.tables import latency_lines, latency_rows, parity_rows
 
 
 def write_report(run: RunFolder) -> Path:
@@ -80,19 +82,21 @@ def _facts(run: RunFolder) -> dict[str, Any]:
     parity = read_parity(run.parity) if run.parity.is_file() else None
     quantization = read_quantization(run.quantization) if run.quantization.is_file() else None
     history = read_history(run.history) if run.history.is_file() else []
+    latency = kept(run)
     return {
         "name": run.name,
         "run": str(run.path),
         "themes": THEMES,
         "task": metrics["task"] if metrics else run.read_recipe().task if run.recipe.is_file() else "classify",
         "evaluation": _evaluation_facts(metrics) if metrics else None,
-        "tiles": _tiles(run, metrics, quantization),
+        "tiles": _tiles(run, metrics, quantization, latency),
         "summary": _summary(run),
         "curves": _both_themes(lambda theme: curves_picture(history, theme)) if history else None,
         "metric": history[0]["metric"] if history else None,
         "parity_rows": parity_rows(parity) if parity else None,
         "faults": [row for row in parity["verdicts"] if row["status"] != "ok"] if parity else [],
         "quantization": _quantization_facts(run, quantization) if quantization else None,
+        "latency": [_latency_facts(record) for record in latency],
         "recipe": run.recipe.read_text(encoding="utf-8") if run.recipe.is_file() else None,
         "conditions": _conditions(run, history, metrics, parity, quantization),
     }
@@ -128,7 +132,10 @@ def _evaluation_facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tiles(
-    run: RunFolder, metrics: Mapping[str, Any] | None, quantization: Mapping[str, Any] | None
+    run: RunFolder,
+    metrics: Mapping[str, Any] | None,
+    quantization: Mapping[str, Any] | None,
+    latency: Sequence[LatencyRun],
 ) -> list[tuple[str, str]]:
     tiles = []
     if metrics:
@@ -140,6 +147,9 @@ def _tiles(
         ]
     if quantization:
         tiles += [(f"precision, {quantization['target']}", shipped_variant(quantization))]
+    for record in latency:
+        median_ms = float(np.median(record.samples_ms["end_to_end"]))
+        tiles += [(f"an image, {record.subject.target}, {record.subject.device}", f"{milliseconds(median_ms)} ms")]
     model = run.onnx if run.onnx.is_file() else run.weights
     return tiles + ([(model.name, megabytes(model.stat().st_size))] if model.is_file() else [])
 
@@ -156,8 +166,10 @@ def _summary(run: RunFolder) -> list[tuple[str, str]]:
         rows += [("Images", f"{len(data.train)} for training, {len(data.val)} for validation")]
     if run.spec.is_file():
         spec = run.read_spec()
-        size = f"{spec.input_size[1]}x{spec.input_size[0]} px, {spec.resize}, {spec.interpolation} interpolation"
-        rows += [("Network input", size), ("Classes", ", ".join(spec.class_names))]
+        height, width = spec.input_size
+        size = f"{height}x{width} px (height x width)"
+        rows += [("Network input", f"{size}, {spec.resize}, {spec.interpolation} interpolation")]
+        rows += [("Classes", ", ".join(spec.class_names))]
     return rows
 
 
@@ -213,6 +225,17 @@ def _quantization_facts(run: RunFolder, record: Mapping[str, Any]) -> dict[str, 
         "float_layers_rows": float_layers_rows(record),
         "float_layers_caption": float_layers_caption(record),
         "curve": _both_themes(lambda theme: sensitivity_picture(record, theme)) if record["curve"] else None,
+    }
+
+
+def _latency_facts(record: LatencyRun) -> dict[str, Any]:
+    """What the page's section shows of a measurement."""
+    subject = record.subject
+    return {
+        "title": f"{subject.target} on {subject.device}, {subject.measured_at[:10]}",
+        "rows": latency_rows(record),
+        "lines": latency_lines(record),
+        "warnings": record.warnings,
     }
 
 

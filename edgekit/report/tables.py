@@ -132,10 +132,15 @@ def emulated_reasons(rows: Iterable[Emulated]) -> list[str]:
 
 def latency_table(run: LatencyRun) -> Table:
     """A row a stage, and the whole; latency_lines says the rest."""
+    return _narrow(_table(latency_rows(run)), gap=2)
+
+
+def latency_rows(run: LatencyRun) -> list[Row]:
+    """A header, a row a stage, and the whole."""
     rows = [["ms", "p50", "p90", "p99"]]
     for name, samples in run.samples_ms.items():
         rows.append([name.replace("_", " "), *(milliseconds(value) for value in runner.percentiles(samples).values())])
-    return _narrow(_table(rows), gap=2)
+    return rows
 
 
 def latency_lines(run: LatencyRun) -> list[str]:
@@ -152,13 +157,16 @@ def latency_lines(run: LatencyRun) -> list[str]:
         lines.append(f"memory: {megabytes(run.peak_rss_bytes)} at most, {above} over Python and OpenCV alone")
     if run.energy_mj is not None:
         lines.append(f"energy: {run.energy_mj:.1f} mJ an image, the whole board")
-    subject, where = run.subject, run.conditions
+    subject, where = run.subject, {**dict.fromkeys(_CONDITIONS, NOTHING), **run.conditions}
     return [
         *lines,
         f"{subject.name} for {subject.target} ({subject.precision}) on {subject.device}: {where['cpu']}",
         f"OpenCV {where['opencv']}, {where['engine']} engine, {where['backend']}, {where['precision']}, "
         f"threads: {where['threads']}, cores: {where['cores']}",
     ]
+
+
+_CONDITIONS = ("cpu", "opencv", "engine", "backend", "precision", "threads", "cores")
 
 
 def threads_table(sweep: ThreadSweep) -> Table:

@@ -98,13 +98,18 @@ def loss(outputs: torch.Tensor, labels: np.ndarray, recipe: Recipe) -> torch.Ten
     minus the mean IoU, keeps the rare classes from being answered too often.
     """
     truth = torch.from_numpy(labels).to(outputs.device).long()
-    logits = F.interpolate(outputs.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
+    logits = _enlarged(outputs.float(), truth.shape[1:])
     pixels = torch.bincount(truth[truth != VOID], minlength=logits.shape[1]).float()
     weights = torch.where(pixels > 0, pixels.clamp(min=1) ** -BALANCE, 0)
     weights /= (weights * pixels).sum().clamp(min=1)
     cross_entropy = F.cross_entropy(logits, truth, weight=weights, ignore_index=VOID, reduction="sum")
     # of every second row and column: sorting the pixels is dear
     return cross_entropy + _lovasz_loss(logits[..., ::2, ::2], truth[..., ::2, ::2])
+
+
+def _enlarged(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """float32 (N, C, h/k, w/k) → (N, C, h, w); size: (h, w). What the runner chooses each pixel's class from."""
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _lovasz_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
