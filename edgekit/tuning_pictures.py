@@ -39,6 +39,7 @@ def tuning_picture(trials: Sequence[Mapping[str, Any]], best: int, theme: ThemeN
             axes = figure.add_subplot(grid[1 + index // COLUMNS, index % COLUMNS], sharey=top)
             _draw_setting(axes, shown, winner, name, colors)
             axes.tick_params(labelleft=index % COLUMNS == 0)
+            axes.tick_params(axis="x", labelsize=8)
         return png(figure)
 
 
@@ -95,7 +96,8 @@ def _draw_points(
         color = colors.wrong if trial is winner else colors.right
         fill = color if trial["state"] == "complete" else "none"
         size = 8 if trial is winner else 5
-        axes.plot(place, 100 * trial["val_metric"], "o", color=color, markerfacecolor=fill, markersize=size)
+        look = {"color": color, "markerfacecolor": fill, "markersize": size, "zorder": 4 if trial is winner else 3}
+        axes.plot(place, 100 * trial["val_metric"], "o", **look)
 
 
 def _plain_axes(axes: Axes, colors: Theme) -> None:
