@@ -96,7 +96,8 @@ def _draw_points(
         color = colors.wrong if trial is winner else colors.right
         fill = color if trial["state"] == "complete" else "none"
         size = 8 if trial is winner else 5
-        look = {"color": color, "markerfacecolor": fill, "markersize": size, "zorder": 4 if trial is winner else 3}
+        order = 4 if trial is winner else 3
+        look: dict[str, Any] = {"color": color, "markerfacecolor": fill, "markersize": size, "zorder": order}
         axes.plot(place, 100 * trial["val_metric"], "o", **look)
 
 
