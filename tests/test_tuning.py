@@ -251,6 +251,21 @@ def test_a_hopeless_trial_is_given_up_and_counts(recipe: Recipe, dataset: Datase
     assert {path.name for path in tmp_path.iterdir()} == {"t", "t-tune"} and done.best.number == 0
 
 
+def test_a_real_run_that_is_given_up_leaves_nothing(recipe: Recipe, dataset: Dataset, tmp_path: Path) -> None:
+    def train(candidate: Recipe, folder: Path, on_epoch: OnEpoch) -> Finetuned:
+        def give_up(epoch: tuning.Epoch) -> None:
+            on_epoch(epoch)
+            if candidate.name == "trial-1":
+                raise optuna.TrialPruned
+
+        return finetune(candidate, dataset, folder, on_epoch=give_up)
+
+    done = tune(recipe, dataset, 2, tmp_path, train)
+    assert [trial.state for trial in done.trials] == ["complete", "pruned"] and done.best.number == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"t", "t-tune"}
+    assert files(done.folder) == {".lock", "study.db", "trials.csv", "trials.png", "recipe.toml"}
+
+
 def test_settings_that_cannot_be_trained_with_end_a_trial_not_the_search(
     recipe: Recipe, dataset: Dataset, tmp_path: Path
 ) -> None:
