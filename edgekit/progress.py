@@ -22,6 +22,7 @@ from rich.progress import (
 
 if TYPE_CHECKING:
     from edgekit.finetune import Epoch, Step
+    from edgekit.tuning import Standing
 
 console = Console(stderr=True, highlight=False)
 
@@ -68,6 +69,20 @@ class Display:
         self._progress.console.print(
             f"  epoch {epoch.epoch:>2} {epoch.phase:<6}  loss {epoch.train_loss:.3f}  val {epoch.val_loss:.3f}  "
             f"{figure}  {epoch.images_per_second:.0f} images/s  {epoch.seconds:.0f} s"
+        )
+
+    def trial(self, standing: Standing) -> None:
+        """Two lines that stay: how a trial of a search went, and what it changed of the recipe."""
+        self._drop()
+        trial, best = standing.trial, standing.best
+        end = f" ({trial.reason or 'given up early'})" if trial.state == "pruned" else ""
+        so_far = f"best {100 * (best.val_metric or 0):.2f} % (trial {best.number})"
+        figure = "no epoch ended" if trial.val_metric is None else f"{trial.metric} {100 * trial.val_metric:.2f} %"
+        changes = ", ".join(f"{name} {trial.settings[name]:g}" for name in trial.changed) or "the recipe as it is"
+        self._progress.console.print(
+            f"trial {trial.number:>2}  {figure}{end}  {so_far}  {standing.finished} of {standing.trials}\n  {changes}",
+            markup=False,
+            soft_wrap=True,
         )
 
     def _show(self, name: str, done: int, total: int | None, note: str) -> None:

