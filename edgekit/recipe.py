@@ -119,7 +119,7 @@ class Train(_Section):
         0.0, description="classify: rare classes weigh more: by (how rare) to this power; 0 leaves all images equal."
     )
     ema_decay: Fraction = Field(
-        0.0, description="Keep a running average of the weights, this much of it a step; 0 keeps the last ones."
+        0.95, description="Keep a running average of the weights, this much of it a step; 0 keeps the last ones."
     )
     views: Annotated[int, Field(ge=0)] = Field(
         4,
@@ -184,6 +184,7 @@ _DENSE_TRAIN = {
     "learning_rate": 2e-3,
     "warmup_fraction": 0.15,
     "patience": 15,
+    "ema_decay": 0.0,
     "views": 0,
 }
 _SUITED: dict[Task, dict[str, dict[str, Any]]] = {
@@ -218,6 +219,7 @@ def qat_recipe(source: Recipe, weights: Path) -> Recipe:
         "epochs": QAT_EPOCHS,
         "unfrozen_fraction": 1.0,
         "learning_rate": source.train.learning_rate / 10,
+        "ema_decay": 0.0,
         "precision": "float32",
     }
     return source.model_copy(

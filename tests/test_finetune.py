@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +20,7 @@ from edgekit.demo import digits_recipe
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted
 from edgekit.export import export
 from edgekit.fake_quantization import fake_quantize, plain_state
-from edgekit.finetune import Epoch, Step, best_epoch, finetune, finetune_qat, learning_rate, resume
+from edgekit.finetune import Epoch, Step, best_epoch, finetune, finetune_qat, resume
 from edgekit.recipe import Recipe, qat_recipe
 
 
@@ -331,19 +329,3 @@ def test_stops_early_when_nothing_better_comes(digits: Path, tmp_path: Path) -> 
 def test_the_best_epoch_is_the_first_of_the_best() -> None:
     assert best_epoch([row(1, 0.5), row(2, 0.9), row(3, 0.9), row(4, 0.8)]).epoch == 2
     assert best_epoch([row(1, 0.9, 0.4), row(2, 0.9, 0.3)]).epoch == 2
-
-
-@given(steps=st.integers(1, 500), peak=st.floats(1e-5, 1.0))
-def test_the_learning_rate_rises_once_and_falls_once(steps: int, peak: float) -> None:
-    recipe = Recipe(data={"path": "x"})  # type: ignore[arg-type]
-    rates = [learning_rate(peak, step, steps, recipe) for step in range(1, steps + 1)]
-    top = rates.index(max(rates))
-    assert max(rates) == pytest.approx(peak)
-    assert rates[: top + 1] == sorted(rates[: top + 1])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert min(rates) > 0
-
-
-def test_learning_rate_by_hand() -> None:
-    recipe = Recipe(data={"path": "x"}, train={"warmup_fraction": 0.25})  # type: ignore[arg-type]
-    assert [learning_rate(1.0, step, 8, recipe) for step in (1, 2, 5)] == pytest.approx([0.5, 1.0, 0.6112604669781572])
