@@ -118,14 +118,15 @@ class Spec:
         odd = sorted(set(raw) ^ _fields_of(raw.get("task")))
         if odd:
             raise RunnerError(f"the spec's keys differ from this run.py's: {', '.join(odd)}. Build the bundle again")
-        spec = Spec(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        spec = Spec(**values)
         most_classes = VOID if spec.task == "segment" else math.inf  # a class map has 8 bits
         possible = {
             "input_size": _all_are(spec.input_size, int, 2) and min(spec.input_size) >= 1,
             "mean_255": _all_are(spec.mean_255, (int, float), 3) and all(map(math.isfinite, spec.mean_255)),
             "std_255": _all_are(spec.std_255, (int, float), 3) and all(0 < std < math.inf for std in spec.std_255),
             "class_names": _all_are(spec.class_names, str) and 1 <= len(spec.class_names) <= most_classes,
-            "strides": _all_are(spec.strides, int) and min(spec.strides, default=0 if spec.task == "detect" else 1) >= 1,
+            "strides": _all_are(spec.strides, int) and min(spec.strides, default=int(spec.task != "detect")) >= 1,
             "score_threshold": _is_share(spec.score_threshold),
             "iou_threshold": _is_share(spec.iou_threshold),
             "temperature": _all_are((spec.temperature,), (int, float)) and 0 < spec.temperature <= sys.float_info.max,

@@ -145,7 +145,7 @@ def test_a_spec_of_before_has_the_temperature_one() -> None:
         ("temperature", -1.0),
         ("temperature", math.nan),
         ("temperature", math.inf),
-        ("temperature", 10**400),
+        pytest.param("temperature", 10**400, id="temperature-more than a float"),
         ("temperature", True),
         ("temperature", "1"),
         ("temperature", [1.0]),
@@ -546,6 +546,20 @@ def test_classify_leaves_out_what_scores_less_than_asked() -> None:
 def test_classify_has_no_answer_for_an_output_that_is_no_number(value: float) -> None:
     with pytest.raises(RunnerError, match="not finite"):
         runner.classify({"logits": np.array([[0, value, 0, 0, 0, 0, 0]], np.float32)}, SPEC, PHOTO)
+
+
+def test_a_bundles_temperature_is_its_scores_and_not_its_outputs(tmp_path: Path) -> None:
+    spec = replace(SPEC, temperature=2.5)
+    folder = bundles.write_bundle(tmp_path / "warm", spec)
+    image = bundles.photo("china")
+    model = runner.Model(folder)
+    logits = model.session(runner.preprocess(image, SPEC))["logits"][0].astype(np.float64)
+    scores = {row["class_id"]: row["score"] for row in model(image, 0)}
+    np.testing.assert_allclose([scores[i] for i in range(7)], runner.softmax(logits / 2.5), rtol=1e-12)
+    plain = bundles.write_bundle(tmp_path / "plain", SPEC)
+    (_, warm_outputs), (_, plain_outputs) = bundles.read_expected(folder), bundles.read_expected(plain)
+    assert np.array_equal(warm_outputs["logits"], plain_outputs["logits"])
+    assert all(row["ok"] for row in runner.check(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------
