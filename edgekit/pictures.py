@@ -190,7 +190,7 @@ def reliability_picture(figures: Mapping[str, Any], theme: ThemeName = "light") 
         lefts, heights = [index * width for index in range(len(bins))], [100 * (row["accuracy"] or 0) for row in bins]
         bars = axes.bar(lefts, heights, width, align="edge", color=colors.right, edgecolor=colors.surface)
         axes.bar_label(bars, [row["images"] or "" for row in bins], padding=2, fontsize=8, color=colors.muted)
-        axes.plot((0, 100), (0, 100), color=colors.muted, linewidth=1.2, linestyle=DASHES)
+        axes.plot((0, 100), (0, 100), color=colors.ink, linewidth=1.2, linestyle=DASHES)
         title = f"right answers, % (calibration error {100 * figures['calibration_error']:.2f} %)"
         axes.set_title(title, pad=18, **title_style(colors))
         axes.set_xlabel("score of the best answer, %")

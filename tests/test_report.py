@@ -906,7 +906,7 @@ def test_the_pages_quantization_without_search_and_without_anything_that_ran(run
         not_ok(variant["figures"][0], "timed out", "took <b>60 s</b>")
     write_json(run.quantization, record)
     bold, page = page.tags.count("b"), page_of(run)
-    assert page.tags.count("picture") == 2 and page.tags.count("b") == bold
+    assert page.tags.count("picture") == 3 and page.tags.count("b") == bold
     assert "int8 on 4.14.0 openvino, timed out: took <b>60 s</b>" in page.section("quantization")
 
 
