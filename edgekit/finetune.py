@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from edgekit import backbones, fake_quantization, frozen, runner
 from edgekit.artifacts import (
@@ -53,7 +53,7 @@ from edgekit.gradients import FastGradients
 from edgekit.preflight import preflight
 from edgekit.recipe import Recipe, to_toml
 from edgekit.samples import Mask, Sample
-from edgekit.tasks import TASKS, answers, named
+from edgekit.tasks import TASKS, answers, classify, named
 from edgekit.training import Average, class_weights, learning_rate, mixed, parameter_groups
 
 CHECK_IMAGES = 8
@@ -527,10 +527,29 @@ def _train(
     try:
         sources = _sources(job, model, len(history))
         _run_phases(run, job, model, list(zip(phases, sources, strict=True)), history, tensors)
+        if job.recipe.task == "classify" and not job.recipe.train.qat:  # that one has its source's
+            _calibrate(run, job, model, sources[[phase.name for phase in phases].index(history[-1].phase)])
     except KeyboardInterrupt:
         done = f"{len(history)} of {total} epochs are kept"
         raise Interrupted(f"interrupted: {done}; continue with `edgekit finetune --resume {run.path}`") from None
     return Finetuned(run.path, best_epoch(history), tuple(history), stopped_early=len(history) < total)
+
+
+def _calibrate(run: RunFolder, job: _Job, model: torch.nn.Module, source: _Source) -> None:
+    """Writes into the Spec the temperature at which the scores of the kept weights are as often right as they say."""
+    model.load_state_dict(load_file(run.weights))
+    model.eval()
+    logits = []
+    for batch in source.val():
+        with torch.inference_mode():
+            logits.append(source.module(*_tensors(job, batch)).float().cpu().numpy())
+    order = [index for batch in _val_order(job) for index in batch]
+    gathered = _gathered(job.fabric, (order, np.concatenate(logits)))
+    labels = np.array([job.dataset.val[index].label for indices, _ in gathered for index in indices])
+    temperature = classify.best_temperature(np.concatenate([part for _, part in gathered]), labels)
+    if job.fabric.is_global_zero:
+        write_json(run.spec, replace(job.spec, temperature=temperature).to_dict())
+    job.fabric.barrier()
 
 
 def _run_phases(

@@ -174,6 +174,35 @@ def precision_recall_picture(pr_curves: Mapping[str, Sequence[float]], theme: Th
         return png(figure)
 
 
+def reliability_picture(figures: Mapping[str, Any], theme: ThemeName = "light") -> bytes:
+    """A classification's column of metrics.json → a PNG: the share of right answers by the best answer's score.
+
+    A bar for each of its score_bins, with the number of images on it; dashed, where scores mean what they say. The
+    calibration error is in the title.
+    """
+    from matplotlib.figure import Figure
+
+    colors, bins = THEMES[theme], figures["score_bins"]
+    width = 100 / len(bins)
+    with style(colors):
+        figure = Figure(figsize=(5.2, 4.2), dpi=DPI)
+        axes = figure.add_axes((0, 0, 1, 1))
+        lefts, heights = [index * width for index in range(len(bins))], [100 * (row["accuracy"] or 0) for row in bins]
+        bars = axes.bar(lefts, heights, width, align="edge", color=colors.right, edgecolor=colors.surface)
+        axes.bar_label(bars, [row["images"] or "" for row in bins], padding=2, fontsize=8, color=colors.muted)
+        axes.plot((0, 100), (0, 100), color=colors.ink, linewidth=1.2, linestyle=DASHES)
+        title = f"right answers, % (calibration error {100 * figures['calibration_error']:.2f} %)"
+        axes.set_title(title, pad=18, **title_style(colors))
+        axes.set_xlabel("score of the best answer, %")
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.grid(axis="y", color=colors.line, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        return png(figure)
+
+
 def average_precisions(pr_curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """→ each class's AP, 0..1, the best class first: the mean of its precisions, as COCO's evaluation has it."""
     found = {name: sum(curve) / len(curve) for name, curve in pr_curves.items()}

@@ -91,23 +91,19 @@ class Spec:
     strides: tuple[int, ...] = ()  # pixels of the input from cell to cell, of each pair of outputs
     score_threshold: float = 0.0  # 0..1: a box with a lower score is no answer
     iou_threshold: float = 0.0  # 0..1: of two boxes of a class that overlap more, the one with the lower score goes
+    # Classification only:
+    temperature: float = 1.0  # above 0: the logits are divided by it before softmax
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, for JSON; without the fields that this task does not have."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {key: value for key, value in values.items() if self.task == "detect" or key not in _DETECTION}
+        return {key: value for key, value in values.items() if key in _fields_of(self.task)}
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> Spec:
         """The inverse of to_dict. Raises RunnerError for a missing, unknown or impossible value."""
-        known = set(Spec.__dataclass_fields__)
-        if isinstance(raw, dict) and raw.get("task") != "detect":
-            known -= set(_DETECTION)
-        if not isinstance(raw, dict) or set(raw) != known:
-            odd = sorted(set(raw) ^ known) if isinstance(raw, dict) else [f"it is a {type(raw).__name__}"]
-            raise RunnerError(f"the spec's keys differ from this run.py's: {', '.join(odd)}. Build the bundle again")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        spec = Spec(**values)
+        if not isinstance(raw, dict):
+            raise RunnerError(f"the spec is a {type(raw).__name__}. Build the bundle again")
         choices = {
             "task": tuple(POSTPROCESS),
             "resize": ("stretch", "crop", "letterbox"),
@@ -115,27 +111,35 @@ class Spec:
             "color_order": ("rgb", "bgr"),
         }
         for key, allowed in choices.items():
-            if getattr(spec, key) not in allowed:
-                raise RunnerError(f"the spec's {key} is {getattr(spec, key)!r}; this run.py knows {', '.join(allowed)}")
+            if raw.get(key, allowed[0]) not in allowed:
+                raise RunnerError(f"the spec's {key} is {raw[key]!r}; this run.py knows {', '.join(allowed)}")
+        if raw.get("task") == "classify":
+            raw = {"temperature": 1.0, **raw}  # specs of before have none
+        odd = sorted(set(raw) ^ _fields_of(raw.get("task")))
+        if odd:
+            raise RunnerError(f"the spec's keys differ from this run.py's: {', '.join(odd)}. Build the bundle again")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        spec = Spec(**values)
         most_classes = VOID if spec.task == "segment" else math.inf  # a class map has 8 bits
         possible = {
             "input_size": _all_are(spec.input_size, int, 2) and min(spec.input_size) >= 1,
             "mean_255": _all_are(spec.mean_255, (int, float), 3) and all(map(math.isfinite, spec.mean_255)),
             "std_255": _all_are(spec.std_255, (int, float), 3) and all(0 < std < math.inf for std in spec.std_255),
             "class_names": _all_are(spec.class_names, str) and 1 <= len(spec.class_names) <= most_classes,
-            "strides": _all_are(spec.strides, int) and all(stride >= 1 for stride in spec.strides),
+            "strides": _all_are(spec.strides, int) and min(spec.strides, default=int(spec.task != "detect")) >= 1,
             "score_threshold": _is_share(spec.score_threshold),
             "iou_threshold": _is_share(spec.iou_threshold),
+            "temperature": _all_are((spec.temperature,), (int, float)) and 0 < spec.temperature <= sys.float_info.max,
         }
-        if spec.task == "detect":
-            possible["strides"] = possible["strides"] and len(spec.strides) >= 1
         for key, holds in possible.items():
             if not holds:
                 raise RunnerError(f"the spec's {key} cannot be {repr(raw[key])[:80]}. Build the bundle again")
         return spec
 
 
-_DETECTION = ("strides", "score_threshold", "iou_threshold")
+def _fields_of(task: Any) -> set[str]:
+    owners = {**dict.fromkeys(("strides", "score_threshold", "iou_threshold"), "detect"), "temperature": "classify"}
+    return {field for field in Spec.__dataclass_fields__ if owners.get(field, task) == task}
 
 
 def _is_share(value: Any) -> bool:
@@ -194,10 +198,8 @@ def read_image(path: Path) -> np.ndarray:
     """An image file → uint8 (H, W, 3) BGR. Raises RunnerError where it cannot be read or decoded."""
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise RunnerError(error.strerror or str(error)) from None
-    except ValueError as error:  # a name with a zero byte
-        raise RunnerError(str(error)) from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise RunnerError(getattr(error, "strerror", "") or str(error)) from None
     return decode(data)
 
 
@@ -302,9 +304,9 @@ def preprocess(image: np.ndarray, spec: Spec) -> np.ndarray:
 # Network output → answer
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """float (..., C) → float (..., C), each row ≥ 0 and summing to 1."""
-    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """float (..., C) → float (..., C), each row ≥ 0 and summing to 1: softmax of logits / temperature."""
+    exponents = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
     scores: np.ndarray = exponents / exponents.sum(axis=-1, keepdims=True)
     return scores
 
@@ -320,8 +322,8 @@ def classify(
     del size
     logits = outputs["logits"].reshape(-1).astype(np.float64)
     _require_finite(logits)
-    scores = softmax(logits)
-    order = np.argsort(-scores, kind="stable")[: (5 if top_k is None else top_k) or None]
+    scores = softmax(logits, spec.temperature)
+    order = np.argsort(-logits, kind="stable")[: (5 if top_k is None else top_k) or None]
     return [_named(spec, i, score=float(scores[i])) for i in order if scores[i] >= (min_score or 0)]
 
 
@@ -1650,8 +1652,7 @@ def _answer(spec: Spec, frame: Frame, outputs: Outputs, error: str, args: argpar
     if error or frame.image is None:
         return [], error
     try:
-        size = (frame.image.shape[0], frame.image.shape[1])
-        return POSTPROCESS[spec.task](outputs, spec, size, args.top_k, args.min_score), ""
+        return POSTPROCESS[spec.task](outputs, spec, _size(frame.image), args.top_k, args.min_score), ""
     except RunnerError as found:
         return [], str(found)
 
@@ -1783,10 +1784,7 @@ def _bench(args: argparse.Namespace) -> int:
     print(f"{'ms':<14}{'p50':>9}{'p90':>9}{'p99':>9}")
     for stage in (*STAGES, "end_to_end"):
         row = report[f"{stage}_ms"]
-        shown = "".join(
-            f"{row[name]:>9.2f}" if row[name] is not None else f"{'-':>9}" for name in ("p50", "p90", "p99")
-        )
-        print(f"{stage:<14}{shown}")
+        print(f"{stage:<14}" + "".join(map(_figure, row.values())))
     conditions = report["conditions"]
     print(
         f"import {IMPORT_MS:.0f} ms, load {load_ms:.0f} ms, first inference {report['first_ms']:.0f} ms; "
@@ -1804,6 +1802,10 @@ def _bench(args: argparse.Namespace) -> int:
     return _done(model)
 
 
+def _figure(value: float | None) -> str:
+    return f"{'-':>9}" if value is None else f"{value:>9.2f}"
+
+
 def _try_targets(args: argparse.Namespace) -> int:
     """Checks and times the network on every engine that is here, each in processes of its own. → 0 if one is right."""
     rows = [_try_engine(args, engine) for engine in ENGINES]
@@ -1814,9 +1816,7 @@ def _try_targets(args: argparse.Namespace) -> int:
         return 0 if right else 1
     print(f"{'engine':<12}{'backend':<15}{'precision':<11}{'forward':>9}{'in all':>9}  check")
     for row in rows:
-        figures = "".join(
-            "        -" if row[key] is None else f"{row[key]:>9.2f}" for key in ("forward_ms", "total_ms")
-        )
+        figures = _figure(row["forward_ms"]) + _figure(row["total_ms"])
         print(f"{row['engine']:<12}{row['backend']:<15}{row['precision']:<11}{figures}  {row['check']}")
     print(
         "medians in ms, one image at a time. "
@@ -1871,15 +1871,11 @@ def _worker(args: argparse.Namespace) -> int:
     print(json.dumps({**ready, "conditions": model.conditions(), "environment": environment()}), flush=True)
     for line in sys.stdin:
         rows = [_time_stages(model, data[index % len(data)]) for index in range(json.loads(line)["iterations"])]
-        wall_ns, cpu_ns = (
-            {stage: [row[place][clock] for row in rows] for place, stage in enumerate(STAGES)} for clock in (0, 1)
-        )
-        answer = {
-            "wall_ns": wall_ns,
-            "cpu_ns": cpu_ns,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "environment": environment(),
+        times = {
+            name: {stage: [row[place][clock] for row in rows] for place, stage in enumerate(STAGES)}
+            for clock, name in enumerate(("wall_ns", "cpu_ns"))
         }
+        answer = {**times, "peak_rss_bytes": peak_rss_bytes(), "environment": environment()}
         print(json.dumps(answer), flush=True)
     return _done(model)
 
@@ -1916,20 +1912,16 @@ def _forward(args: argparse.Namespace) -> int:
         times_ms.append((time.perf_counter() - start) * 1e3)
     arrays: dict[str, Any] = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     np.savez(args.output, **arrays)
-    # the fastest: the first one prepares the network, and others may have been disturbed
-    print(
-        json.dumps(
-            {
-                "opencv": cv2.__version__,
-                **({"pixels_sha256": pixels_sha256} if args.images else {}),
-                "engine": session.engine,
-                "precision": session.precision,
-                "ran_on": session.ran_on(),
-                "outputs": sorted(arrays),
-                "best_ms": min(times_ms),
-            }
-        )
-    )
+    answer = {
+        "opencv": cv2.__version__,
+        **({"pixels_sha256": pixels_sha256} if args.images else {}),
+        "engine": session.engine,
+        "precision": session.precision,
+        "ran_on": session.ran_on(),
+        "outputs": sorted(arrays),
+        "best_ms": min(times_ms),  # the fastest: the first one prepares the network, and others may have been disturbed
+    }
+    print(json.dumps(answer))
     return 0
 
 
@@ -2002,7 +1994,6 @@ def _parser() -> argparse.ArgumentParser:
     infer.set_defaults(run=_infer)
 
     check_ = commands.add_parser("check", parents=[common], help="prove that this device computes what was trained")
-    check_.add_argument("--json", action="store_true", help="one JSON object")
     check_.set_defaults(run=_check)
 
     bench_ = commands.add_parser("bench", parents=[common], help="measure the latency here, stage by stage")
@@ -2010,7 +2001,6 @@ def _parser() -> argparse.ArgumentParser:
     bench_.add_argument(
         "--try-targets", action="store_true", help="check and time every engine that is here, and name the best"
     )
-    bench_.add_argument("--json", action="store_true", help="one JSON object")
     bench_.set_defaults(run=_bench)
 
     worker = commands.add_parser(
@@ -2022,8 +2012,9 @@ def _parser() -> argparse.ArgumentParser:
     worker.set_defaults(run=_worker)
 
     info = commands.add_parser("info", parents=[common], help="what this bundle is, and what it meets here")
-    info.add_argument("--json", action="store_true", help="one JSON object")
     info.set_defaults(run=_info)
+    for command in (check_, bench_, info):
+        command.add_argument("--json", action="store_true", help="one JSON object")
 
     forward = commands.add_parser(
         "forward",

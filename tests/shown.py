@@ -49,6 +49,11 @@ def classification(mistakes: Sequence[dict[str, Any]], subset: str = "val") -> d
     return {"task": "classify", "subset": subset, "class_names": ["cat", "dog", "newt"], "mistakes": list(mistakes)}
 
 
+# 10 images of a classification, of which 7 are right; the other bins of scores have none
+SCORE_BINS = [{"images": 0, "score": None, "accuracy": None} for _ in range(15)]
+SCORE_BINS[9] = {"images": 4, "score": 0.625, "accuracy": 0.5}
+SCORE_BINS[14] = {"images": 6, "score": 0.95, "accuracy": 5 / 6}
+
 # Detection: three classes, of which the third has no true box; precision falls from 1 at a class's own recall.
 NAMES = ("cat", "dog", "newt")
 

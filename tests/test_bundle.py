@@ -143,6 +143,21 @@ def test_torch_onnx_and_bundle_side_by_side(own_run: Path, built: Path) -> None:
     assert f"{100 * columns['torch']['top1']:.2f}" in run.report.read_text(encoding="utf-8")
 
 
+def test_the_specs_temperature_is_in_the_scores_of_every_column(own_run: Path, built: Path, tmp_path: Path) -> None:
+    """And nowhere else: a bundle at another temperature has the same outputs and the same best answers."""
+    spec = read_json(own_run / "spec.json")
+    write_json(own_run / "spec.json", {**spec, "temperature": 8.0})
+    warm = bundle(own_run, read_target("cpu"), tmp_path / "dist").path
+    assert runner.read_manifest(warm)["spec"] == {**spec, "temperature": 8.0}
+    assert np.array_equal(read_expected(warm)[1]["logits"], read_expected(built)[1]["logits"])
+    at_8, mixed = evaluate(own_run, warm).metrics["columns"], evaluate(own_run, built).metrics["columns"]
+    for name in ("torch", "onnx", "bundle"):
+        assert at_8[name]["calibration_error"] == pytest.approx(at_8["torch"]["calibration_error"], abs=0.02)
+        assert at_8[name]["confusion"] == mixed[name]["confusion"]
+    assert mixed["torch"]["calibration_error"] == at_8["torch"]["calibration_error"]
+    assert abs(mixed["bundle"]["calibration_error"] - at_8["bundle"]["calibration_error"]) > 0.1
+
+
 def test_evaluating_without_the_images(own_run: Path) -> None:
     split = own_run / "split.csv"
     split.write_text(split.read_text(encoding="utf-8").replace("digits/", "elsewhere/"), encoding="utf-8")

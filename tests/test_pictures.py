@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shown import (
     HISTORY,
     HOSTILE,
+    SCORE_BINS,
     bgr,
     classification,
     decoded,
@@ -266,6 +267,33 @@ def test_any_class_can_have_a_curve(name: str) -> None:
 def test_no_class_with_a_true_box_has_a_picture_too() -> None:
     image = decoded(pictures.precision_recall_picture({}))
     assert share_of(image, pictures.THEMES["light"].muted) > 0.0005
+
+
+# Scores
+
+
+@pytest.mark.parametrize("theme", pictures.THEMES)
+def test_bars_of_accuracy_stand_at_their_scores(theme: pictures.ThemeName) -> None:
+    image = decoded(pictures.reliability_picture({"calibration_error": 0.12, "score_bins": SCORE_BINS}, theme))
+    colors = pictures.THEMES[theme]
+    bars = (image == bgr(colors.right)).all(axis=2)
+    heights, columns = bars.sum(axis=0), np.flatnonzero(bars.any(axis=0))
+    (gap,) = np.flatnonzero(np.diff(columns) > 5)
+    first, last = columns[: gap + 1], columns[gap + 1 :]
+    assert heights[first].max() / heights[last].max() == pytest.approx(0.5 / (5 / 6), abs=0.03)
+    assert len(first) == pytest.approx(len(last), abs=3)
+    assert last[0] - first[0] == pytest.approx(5 * 5.2 * pictures.DPI / 15, abs=3)  # bins 9 and 14 of 5.2 inches
+    assert share_of(image, colors.ink) > 0.002, "the dashed line"
+    assert share_of(image, colors.muted) > 0.0002, "how many images"
+    assert tuple(image[0, 0]) == bgr(colors.surface)
+
+
+def test_bins_without_a_right_answer_have_a_picture_too() -> None:
+    bins = [{"images": 3, "score": 0.5, "accuracy": 0.0}, {"images": 0, "score": None, "accuracy": None}]
+    image = decoded(pictures.reliability_picture({"calibration_error": 0.5, "score_bins": bins}))
+    assert share_of(image, pictures.THEMES["light"].right) == 0
+    full = [{"images": 99_999, "score": 1.0, "accuracy": 1.0}] * 15
+    assert decoded(pictures.reliability_picture({"calibration_error": 0.0, "score_bins": full})).shape == image.shape
 
 
 # Shares of pixels

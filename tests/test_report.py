@@ -19,6 +19,7 @@ from shown import (
     HISTORY,
     HOSTILE,
     NAMES,
+    SCORE_BINS,
     bgr,
     box,
     detect_mistake,
@@ -57,6 +58,7 @@ def column(names: tuple[str, ...] = NAMES, **changes: Any) -> dict[str, Any]:
         for i, (name, (p, r, f)) in enumerate(zip(names, figures, strict=True))
     ]
     base = {"top1": 0.7, "top5": None, "macro_f1": 0.669, "agreement": 1.0, "images_per_second": 118.3}
+    base |= {"calibration_error": 0.12, "score_bins": SCORE_BINS}
     return {**base, "per_class": rows, "confusion": CONFUSION, **changes}
 
 
@@ -136,6 +138,7 @@ def test_metrics_table_has_the_columns_side_by_side() -> None:
         ["top-1", "70.00 %", "70.00 %", "60.00 %"],
         ["top-5", "-", "-", "-"],
         ["macro F1", "66.90 %", "66.90 %", "66.90 %"],
+        ["calibration error", "12.00 %", "12.00 %", "12.00 %"],
         ["agreement with torch", "100.00 %", "100.00 %", "90.00 %"],
         ["images/s", "118", "64.2", "41.7"],
     ]
@@ -155,6 +158,7 @@ def test_markdown_metrics() -> None:
         "| top-1 | 70.00 % | 70.00 % | 60.00 % |\n"
         "| top-5 | - | - | - |\n"
         "| macro F1 | 66.90 % | 66.90 % | 66.90 % |\n"
+        "| calibration error | 12.00 % | 12.00 % | 12.00 % |\n"
         "| agreement with torch | 100.00 % | 100.00 % | 90.00 % |\n"
         "| images/s | 118 | 64.2 | 41.7 |\n"
     )
@@ -692,6 +696,7 @@ def test_the_page_shows_the_files_figures(run: RunFolder) -> None:
         "Side by side",
         "Classes",
         "Confusion matrix",
+        "Scores",
         "Worst mistakes",
         "Export parity",
         "Quantization",
@@ -751,11 +756,11 @@ def test_the_pages_pictures_come_in_both_themes(run: RunFolder) -> None:
     images = [runner.decode(base64.b64decode(address.split(",", 1)[1])) for address in addresses]
     surfaces = [tuple(image[0, 0]) for image in images]
     dark, light = (bgr(pictures.THEMES[theme].surface) for theme in ("dark", "light"))
-    # curves, confusion: the dark source first, then the light image; then the one mistake whose image is there;
+    # curves, confusion, scores: the dark source first, then the light image; then the one mistake whose image is there;
     # then quantization, and its search
-    assert surfaces[:4] == surfaces[5:] == [dark, light, dark, light]
-    assert images[4].shape == (96, 96, 3) and np.abs(images[4].astype(int) - (0, 0, 255)).max() < 12
-    assert [image.shape for image in images[5:]] == [
+    assert surfaces[:6] == [dark, light] * 3 and surfaces[7:] == [dark, light] * 2
+    assert images[6].shape == (96, 96, 3) and np.abs(images[6].astype(int) - (0, 0, 255)).max() < 12
+    assert [image.shape for image in images[7:]] == [
         runner.decode(picture(quantize_record(engines=2), theme)).shape
         for picture in (quantization_pictures.quantization_picture, quantization_pictures.sensitivity_picture)
         for theme in ("dark", "light")
@@ -878,7 +883,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     assert page.title == "<b>bold & run"
     assert [row[0] for row in page.tables["classes"][1:]] == list(HOSTILE)
     assert "script" not in page.tags
-    assert page.tags.count("img") == 5, "four pictures and a mistake, no image of a class name's"
+    assert page.tags.count("img") == 6, "five pictures and a mistake, no image of a class name's"
     assert f"{HOSTILE[2]} → {HOSTILE[1]} 87.50 %" in page.section("mistakes")
 
 
@@ -900,12 +905,12 @@ def test_the_pages_quantization_without_search_and_without_anything_that_ran(run
     record = quantize_record(("fp32", "int8"), engines=1, precision="fp32")
     write_json(run.quantization, record)
     page = page_of(run)
-    assert "Layers left in fp32" not in page.section("quantization") and page.tags.count("picture") == 3
+    assert "Layers left in fp32" not in page.section("quantization") and page.tags.count("picture") == 4
     for variant in record["variants"]:
         not_ok(variant["figures"][0], "timed out", "took <b>60 s</b>")
     write_json(run.quantization, record)
     bold, page = page.tags.count("b"), page_of(run)
-    assert page.tags.count("picture") == 2 and page.tags.count("b") == bold
+    assert page.tags.count("picture") == 3 and page.tags.count("b") == bold
     assert "int8 on 4.14.0 openvino, timed out: took <b>60 s</b>" in page.section("quantization")
 
 
@@ -979,6 +984,23 @@ def test_columns_that_are_missing_name_their_commands(run: RunFolder) -> None:
     assert f"edgekit export {run.path}, then edgekit evaluate {run.path}." in text
     assert f"edgekit evaluate {run.path} --bundle dist/pets-1-cpu." in text
     assert "The trained network is right on 70.00 % of 10 validation images." in page.header
+
+
+def without_scores(value: dict[str, Any]) -> dict[str, Any]:
+    """metrics.json as it was before it had a calibration error."""
+    for row in value["columns"].values():
+        del row["calibration_error"], row["score_bins"]
+    return value
+
+
+def test_metrics_of_before_have_no_scores(run: RunFolder) -> None:
+    before = without_scores(metrics())
+    assert cells(report.metrics_table(before))[4] == ["calibration error", "-", "-", "-"]
+    write_json(run.metrics, before)
+    page = page_of(run)
+    assert page.tables["metrics"] == cells(report.metrics_table(before))
+    assert "Scores" not in page.headings and "#scores" not in page.addresses
+    assert ["summary", *links(page)] == list(page.text)
 
 
 def test_an_empty_run_folder_has_a_page_too(tmp_path: Path) -> None:
@@ -1072,6 +1094,9 @@ MISSED = detect_mistake(Path("a.png"))
 TORN = segment_mistake(Path("a.png"), Path("b.png"), FOUND)
 SHORT = [{**TORN["answers"][0], "mask": {"size": [4, 5], "counts": [0, 19]}}]
 OF_AN_OTHER = (
+    (changed(metrics(), calibration_error=1.01), r"calibration_error: Input should be less than or equal to 1"),
+    (changed(metrics(), score_bins=[{"images": -1, "score": None, "accuracy": None}]), r"score_bins\.0\.images: "),
+    (changed(metrics(), score_bins=[{"images": 1, "score": 0.5, "accuracy": float("nan")}]), r"bins\.0\.accuracy: "),
     (changed(detection(), map50=1.01), r"\(columns\.torch\.map50: Input should be less than or equal to 1\)"),
     (changed(detection(), best_f1_score=None), r"best_f1_score: Input should be a valid number"),
     (changed(detection(), pr_curves={"cat": [1.0] * 100}), r"pr_curves\.cat: Tuple should have at least 101 items"),

@@ -98,8 +98,17 @@ def test_a_spec_survives_json() -> None:
         "mean_255": [123.675, 116.28, 103.53],
         "std_255": [58.395, 57.12, 57.375],
         "class_names": ["pagoda", "flower", "roof", "Blüte", "sky", "leaf", "lake"],
+        "temperature": 1.0,
     }
     assert runner.Spec.from_dict(raw) == SPEC
+    assert runner.Spec.from_dict({**raw, "temperature": 2}) == replace(SPEC, temperature=2)
+
+
+def test_a_spec_of_before_has_the_temperature_one() -> None:
+    raw = SPEC.to_dict()
+    del raw["temperature"]
+    assert runner.Spec.from_dict(raw) == SPEC
+    assert "temperature" not in raw, "what is read stays as it was"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +141,15 @@ def test_a_spec_survives_json() -> None:
         ("class_names", "cat"),
         ("class_names", ["cat", 2]),
         ("class_names", None),
+        ("temperature", 0),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        pytest.param("temperature", 10**400, id="temperature-more than a float"),
+        ("temperature", True),
+        ("temperature", "1"),
+        ("temperature", [1.0]),
+        ("temperature", None),
     ],
 )
 def test_an_impossible_spec_is_refused_by_name(key: str, value: object) -> None:
@@ -139,11 +157,12 @@ def test_an_impossible_spec_is_refused_by_name(key: str, value: object) -> None:
         runner.Spec.from_dict({**SPEC.to_dict(), key: value})
 
 
+COMMON = {key: value for key, value in SPEC.to_dict().items() if key != "temperature"}
 DETECTION = {"task": "detect", "strides": [8, 16, 32], "score_threshold": 0.3, "iou_threshold": 0.6}
 
 
 def test_a_detections_spec_survives_json_and_the_others_have_no_such_keys() -> None:
-    raw = {**SPEC.to_dict(), **DETECTION}
+    raw = {**COMMON, **DETECTION}
     spec = runner.Spec.from_dict(json.loads(json.dumps(raw)))
     assert spec == replace(SPEC, task="detect", strides=(8, 16, 32), score_threshold=0.3, iou_threshold=0.6)
     assert spec.to_dict() == raw
@@ -151,7 +170,15 @@ def test_a_detections_spec_survives_json_and_the_others_have_no_such_keys() -> N
         with pytest.raises(RunnerError, match=r"keys differ.*iou_threshold, score_threshold, strides"):
             runner.Spec.from_dict({**raw, "task": task})
     with pytest.raises(RunnerError, match=r"keys differ.*iou_threshold, score_threshold, strides"):
-        runner.Spec.from_dict({**SPEC.to_dict(), "task": "detect"})
+        runner.Spec.from_dict({**COMMON, "task": "detect"})
+
+
+@pytest.mark.parametrize("others", [DETECTION, {"task": "segment"}])
+def test_only_a_classification_has_a_temperature(others: dict[str, Any]) -> None:
+    raw = {**COMMON, **others}
+    assert runner.Spec.from_dict(raw).to_dict() == raw
+    with pytest.raises(RunnerError, match=r"keys differ from this run\.py's: temperature\."):
+        runner.Spec.from_dict({**raw, "temperature": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -170,12 +197,12 @@ def test_a_detections_spec_survives_json_and_the_others_have_no_such_keys() -> N
 )
 def test_an_impossible_detection_is_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(RunnerError, match=f"the spec's {key} cannot be"):
-        runner.Spec.from_dict({**SPEC.to_dict(), **DETECTION, key: value})
+        runner.Spec.from_dict({**COMMON, **DETECTION, key: value})
 
 
 def test_a_class_map_has_eight_bits() -> None:
     names = [f"class {i}" for i in range(256)]
-    raw = {**SPEC.to_dict(), "class_names": names}
+    raw = {**COMMON, "class_names": names}
     assert len(runner.Spec.from_dict(raw).class_names) == 256
     assert len(runner.Spec.from_dict({**raw, "task": "segment", "class_names": names[:255]}).class_names) == 255
     with pytest.raises(RunnerError, match="the spec's class_names cannot be"):
@@ -187,13 +214,18 @@ def test_a_class_map_has_eight_bits() -> None:
     [
         ({key: value for key, value in SPEC.to_dict().items() if key != "std_255"}, "std_255"),
         ({**SPEC.to_dict(), "crop_fraction": 0.9}, "crop_fraction"),
-        ([], "list"),
-        (None, "NoneType"),
-        ("classify", "str"),
+        ({key: value for key, value in SPEC.to_dict().items() if key != "task"}, "task"),
+        ({}, "class_names, color_order, input_size"),
     ],
 )
 def test_a_spec_with_other_keys_is_refused(raw: Any, named: str) -> None:
     with pytest.raises(RunnerError, match=f"keys differ.*{named}.*Build the bundle again"):
+        runner.Spec.from_dict(raw)
+
+
+@pytest.mark.parametrize(("raw", "kind"), [([], "list"), (None, "NoneType"), ("classify", "str")])
+def test_what_is_no_object_is_no_spec(raw: Any, kind: str) -> None:
+    with pytest.raises(RunnerError, match=rf"^the spec is a {kind}\. Build the bundle again$"):
         runner.Spec.from_dict(raw)
 
 
@@ -472,6 +504,29 @@ def test_classify_gives_whole_answers_best_first() -> None:
     assert json.loads(json.dumps(answers)) == answers  # no numpy types
 
 
+@pytest.mark.parametrize(("temperature", "shares"), [(1.0, [27, 8, 1]), (0.5, [27**2, 8**2, 1]), (3.0, [3, 2, 1])])
+def test_scores_are_of_the_logits_over_the_temperature(temperature: float, shares: list[int]) -> None:
+    spec = replace(SPEC, class_names=("a", "b", "c"), temperature=temperature)
+    outputs = {"logits": np.log(np.array([[8.0, 27.0, 1.0]]))}
+    assert runner.classify(outputs, spec, PHOTO) == [
+        {"label": label, "class_id": class_id, "score": pytest.approx(share / sum(shares), rel=1e-12)}
+        for label, class_id, share in zip("bac", (1, 0, 2), shares, strict=True)
+    ]
+
+
+@given(logits, st.floats(0.05, 20))
+def test_a_temperature_never_changes_the_order(values: np.ndarray, temperature: float) -> None:
+    """Not even where scores are so near 0 or each other that they are equal."""
+    spec = replace(SPEC, class_names=tuple(map(str, range(len(values)))))
+    outputs = {"logits": values[None]}
+    plain, scaled = (
+        runner.classify(outputs, each, PHOTO, 0) for each in (spec, replace(spec, temperature=temperature))
+    )
+    assert [row["class_id"] for row in scaled] == [row["class_id"] for row in plain]
+    assert sum(row["score"] for row in scaled) == pytest.approx(1)
+    assert (np.diff([row["score"] for row in scaled]) <= 0).all()
+
+
 def test_classify_gives_ties_in_class_order_and_all_for_zero() -> None:
     outputs = {"logits": np.array([[1, 2, 2, 1, 2, 1, 1]], np.float32)}
     assert [answer["class_id"] for answer in runner.classify(outputs, SPEC, PHOTO, 0)] == [1, 2, 4, 0, 3, 5, 6]
@@ -491,6 +546,20 @@ def test_classify_leaves_out_what_scores_less_than_asked() -> None:
 def test_classify_has_no_answer_for_an_output_that_is_no_number(value: float) -> None:
     with pytest.raises(RunnerError, match="not finite"):
         runner.classify({"logits": np.array([[0, value, 0, 0, 0, 0, 0]], np.float32)}, SPEC, PHOTO)
+
+
+def test_a_bundles_temperature_is_its_scores_and_not_its_outputs(tmp_path: Path) -> None:
+    spec = replace(SPEC, temperature=2.5)
+    folder = bundles.write_bundle(tmp_path / "warm", spec)
+    image = bundles.photo("china")
+    model = runner.Model(folder)
+    logits = model.session(runner.preprocess(image, SPEC))["logits"][0].astype(np.float64)
+    scores = {row["class_id"]: row["score"] for row in model(image, 0)}
+    np.testing.assert_allclose([scores[i] for i in range(7)], runner.softmax(logits / 2.5), rtol=1e-12)
+    plain = bundles.write_bundle(tmp_path / "plain", SPEC)
+    (_, warm_outputs), (_, plain_outputs) = bundles.read_expected(folder), bundles.read_expected(plain)
+    assert np.array_equal(warm_outputs["logits"], plain_outputs["logits"])
+    assert all(row["ok"] for row in runner.check(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------

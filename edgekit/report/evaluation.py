@@ -10,7 +10,12 @@ from edgekit.report.figures import NOTHING, Row, percent, rate
 
 # Of each task what a column is told by, with its key in metrics.json; the first is the task's one figure.
 FIGURES: dict[str, tuple[tuple[str, str], ...]] = {
-    "classify": (("top-1", "top1"), ("top-5", "top5"), ("macro F1", "macro_f1")),
+    "classify": (
+        ("top-1", "top1"),
+        ("top-5", "top5"),
+        ("macro F1", "macro_f1"),
+        ("calibration error", "calibration_error"),
+    ),
     "detect": (("mAP@0.5", "map50"), ("mAP (COCO)", "map"), ("mAP@0.75", "map75")),
     "segment": (("mean IoU", "mean_iou"), ("pixel accuracy", "pixel_accuracy")),
 }
@@ -37,7 +42,8 @@ def metrics_rows(metrics: Mapping[str, Any]) -> list[Row]:
         (AGREEMENT, "agreement", percent),
         ("images/s", "images_per_second", rate),
     ]
-    rows = [[title, *(show(column[key]) for column in columns.values())] for title, key, show in figures]
+    # a metrics.json of before has no calibration error
+    rows = [[title, *(show(column.get(key)) for column in columns.values())] for title, key, show in figures]
     return [["", *columns], *rows]
 
 

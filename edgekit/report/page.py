@@ -25,6 +25,7 @@ from edgekit.pictures import (
     no_mistakes,
     precision_recall_picture,
     region_keys,
+    reliability_picture,
 )
 from edgekit.quantization_pictures import quantization_picture, sensitivity_picture, shipped_variant, tradeoff
 from edgekit.report.evaluation import (
@@ -107,6 +108,7 @@ def _evaluation_facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
     torch, names = metrics["columns"]["torch"], metrics["class_names"]
     classes = per_class_rows(metrics)
     is_detection = metrics["task"] == "detect"
+    has_bins = torch.get("calibration_error") is not None and bool(torch["score_bins"])  # files of before have none
     return {
         "verdict": verdict(metrics),
         "images": images_text(metrics),
@@ -124,6 +126,7 @@ def _evaluation_facts(metrics: Mapping[str, Any]) -> dict[str, Any]:
                 else confusion_picture(torch["confusion"], names, theme)
             )
         ),
+        "reliability": _both_themes(lambda theme: reliability_picture(torch, theme)) if has_bins else None,
         "mistakes": [_shown_mistake(mistake, metrics) for mistake in metrics["mistakes"]],
         "no_mistakes": no_mistakes(metrics),
         "score": f"{torch['best_f1_score']:.2f}" if is_detection else "",

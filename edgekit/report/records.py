@@ -50,12 +50,20 @@ class _ClassOfImages(_Record):
     f1: float
 
 
+class _ScoreBin(_Finite):
+    images: Annotated[int, Field(ge=0)]
+    score: Share | None
+    accuracy: Share | None
+
+
 class _Classification(_Column):
     top1: float
     top5: float | None
     macro_f1: float
     per_class: tuple[_ClassOfImages, ...]
     confusion: tuple[tuple[int, ...], ...]
+    calibration_error: Share | None = None  # files of before have neither
+    score_bins: tuple[_ScoreBin, ...] = ()
 
     def class_counts(self) -> set[int]:
         return {len(self.per_class), len(self.confusion), *map(len, self.confusion)}

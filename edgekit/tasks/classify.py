@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from edgekit.samples import Sample
 OUTPUTS = ("logits",)
 METRIC = "top-1"
 ANSWERS: dict[str, Any] = {"top_k": 0}
+TEMPERATURES = (0.05, 20.0)  # the least and the greatest that best_temperature gives
+SCORE_BINS = 15  # of equal width, as in Guo et al., arXiv:1706.04599
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class ClassMetrics:
 
 
 @dataclass(frozen=True)
+class ScoreBin:
+    """The images whose best answer has a score of one range: how many, and what share of the answers is right.
+
+    The ranges are SCORE_BINS from 0 to 1, in order, each without its upper end but for the last.
+    """
+
+    images: int
+    score: float | None  # their mean, 0..1; None where there are no images
+    accuracy: float | None  # 0..1; None where there are no images
+
+
+@dataclass(frozen=True)
 class Metrics:
     """Figures of one set of predictions, all in 0..1."""
 
@@ -47,6 +62,8 @@ class Metrics:
     macro_f1: float  # the mean over the classes that occur, each counting alike
     per_class: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]  # [true][predicted], images
+    calibration_error: float  # the mean distance of a bin's score from its accuracy (ECE, Guo et al.), by images
+    score_bins: tuple[ScoreBin, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers, for JSON."""
@@ -140,6 +157,7 @@ def metrics(answers: Sequence[runner.Results], samples: Sequence[Sample], class_
     top5 = None
     if count > 5:
         top5 = float(multiclass_accuracy(scores, true, num_classes=count, average="micro", top_k=5))
+    bins = _score_bins(answers, _labels(samples))
     return Metrics(
         top1=float((predicted == true).double().mean()),
         top5=top5,
@@ -149,6 +167,8 @@ def metrics(answers: Sequence[runner.Results], samples: Sequence[Sample], class_
             for i, name in enumerate(class_names)
         ),
         confusion=tuple(tuple(int(n) for n in row) for row in confusion.tolist()),
+        calibration_error=_calibration_error(bins),
+        score_bins=bins,
     )
 
 
@@ -169,6 +189,70 @@ def mistakes(
         )
         for i in wrong[:limit]
     )
+
+
+def best_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """float (N, C), class ids int64 (N,) → the temperature, in TEMPERATURES, whose scores fit these images best.
+
+    That is where the negative log-likelihood has its one minimum (Guo et al., arXiv:1706.04599). Where all images are
+    right by far, it falls without an end as the scores go to 1; but N right answers in a row only show an accuracy of
+    (N + 1) / (N + 2) (Laplace's rule of succession). So scores are made sharper only up to where the mean of the best
+    answers' is that. 1 where all classes are alike in every image. Raises ValueError where there are no images, or the
+    logits are not finite.
+    """
+    if not len(logits) or not np.isfinite(logits).all():
+        raise ValueError("no images, or logits that are not finite")
+    below = logits.astype(np.float64)
+    below -= below.max(axis=1, keepdims=True)
+    if not below.any():  # all classes alike: so are the scores, at any temperature
+        return 1.0
+    true = below[np.arange(len(labels)), labels].mean()
+    known = (len(labels) + 1) / (len(labels) + 2)
+
+    def is_high(temperature: float) -> bool:
+        """Whether the negative log-likelihood rises from here on, by its slope over 1 / temperature."""
+        expected = (runner.softmax(below, temperature) * below).sum(axis=1).mean()
+        return bool(expected <= true)
+
+    def is_modest(temperature: float) -> bool:
+        """Whether the scores claim no more than the images can show."""
+        return bool(runner.softmax(below, temperature).max(axis=1).mean() <= known)
+
+    likeliest = _least(is_high)
+    return likeliest if likeliest >= 1 else max(likeliest, min(1.0, _least(is_modest)))
+
+
+def _least(holds: Callable[[float], bool]) -> float:
+    """The least of TEMPERATURES from which on it holds, to a relative 1e-6; the greatest where it holds for none."""
+    low, high = TEMPERATURES
+    if holds(low):
+        return low
+    while high / low > 1 + 1e-6:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _score_bins(answers: Sequence[runner.Results], labels: np.ndarray) -> tuple[ScoreBin, ...]:
+    scores = np.array([results[0]["score"] for results in answers])
+    right = _best(answers) == labels
+    numbers = np.minimum((scores * SCORE_BINS).astype(int), SCORE_BINS - 1)
+    return tuple(
+        ScoreBin(int(inside.sum()), float(scores[inside].mean()), float(right[inside].mean()))
+        if inside.any()
+        else ScoreBin(0, None, None)
+        for inside in (numbers == number for number in range(SCORE_BINS))
+    )
+
+
+def _calibration_error(bins: Sequence[ScoreBin]) -> float:
+    images = sum(each.images for each in bins)
+    distances = (
+        each.images * abs(each.score - each.accuracy)
+        for each in bins
+        if each.score is not None and each.accuracy is not None
+    )
+    return sum(distances) / images
 
 
 def _labels(samples: Sequence[Sample]) -> np.ndarray:
