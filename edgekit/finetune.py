@@ -708,6 +708,10 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torc
             index, _, key = rest.partition(".")
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if value.shape == parameter.shape:  # the fused step goes through memory: both must lie there alike
+                values[key] = torch.empty_like(parameter).copy_(value)
 
 
 def _steps(job: _Job) -> int:

@@ -437,6 +437,7 @@ def test_a_mask_moves_as_its_photo(
     near_an_edge = (cv2.dilate(shape, kernel) != cv2.erode(shape, kernel)) | (
         cv2.dilate(void * np.uint8(1), kernel) > 0
     )
+    near_an_edge[[0, -1]] = near_an_edge[:, [0, -1]] = True  # an edge may lie just beyond what is seen
     assert (white == shape)[~near_an_edge].all()
 
 

@@ -58,7 +58,7 @@ def test_every_key_is_explained_in_the_toml() -> None:
         ),
         (
             {"data": {"path": "x"}, "train": {"epoch": 3}},
-            "unknown key train.epoch (known here: batch_size, device, epochs",
+            "unknown key train.epoch (known here: batch_size, class_balance, device, ema_decay, epochs",
         ),
         ({}, "data: Field required"),
         (
@@ -119,6 +119,7 @@ def test_the_recipe_that_continues_a_run_quantization_aware(tmp_path: Path) -> N
             epochs=3,
             unfrozen_fraction=1.0,
             learning_rate=2e-4,
+            ema_decay=0.0,
             batch_size=16,
             seed=7,
             precision="float32",
