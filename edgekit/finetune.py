@@ -396,7 +396,8 @@ class _Source:
 def _sources(job: _Job, model: torch.nn.Module, epochs_done: int) -> list[_Source]:
     """What each phase learns from: features where layers are frozen and there is room to keep them, else the images.
 
-    epochs_done: of the run. What a phase that is over learnt from is not prepared again.
+    epochs_done: the last epoch's number. What a phase that is over learnt from is not prepared again, but for the last
+    one's: the kept weights are calibrated on that.
     """
     model.to(job.fabric.device).to(memory_format=torch.channels_last).requires_grad_(False)
     phases = _phases(job.recipe, model)
@@ -405,7 +406,9 @@ def _sources(job: _Job, model: torch.nn.Module, epochs_done: int) -> list[_Sourc
     ahead = [
         index
         for index, phase in enumerate(phases)
-        if phase.epochs and ends[index] > epochs_done and phase.stages < len(_stages(job.recipe, model))
+        if phase.epochs
+        and (ends[index] > epochs_done or ends[index] == ends[-1])
+        and phase.stages < len(_stages(job.recipe, model))
     ]
     if job.recipe.task != "classify" or not job.recipe.train.views or not ahead:
         return sources
@@ -418,18 +421,32 @@ def _sources(job: _Job, model: torch.nn.Module, epochs_done: int) -> list[_Sourc
     )
     if not trunk.parts:
         return sources
-    counts = len(job.dataset.train), len(job.dataset.val), job.recipe.train.views
-    computed = frozen.engine(trunk, images, job.fabric.device)
-    opened = open_features(computed, job.spec, job.recipe.augment, job.recipe.train.seed, counts, CACHE_BYTES)
-    if opened is None:
-        job.on_note("no room for the frozen layers' features: they are computed again in each epoch")
-        return sources
+    features, views = _open_features(job, frozen.engine(trunk, images, job.fabric.device))
     part = len(trunk.parts)
     for index, half in zip(ahead, halves, strict=True):
-        if half is not None:
+        if half is not None and features is not None:
             part -= 1  # the first phase's is the trunk's last: least learns there
-            sources[index] = _feature_source(job, *opened, half.learning, part)
+            sources[index] = _feature_source(job, features, views, half.learning, part)
     return sources
+
+
+def _open_features(job: _Job, computed: frozen.Frozen) -> tuple[Features | None, int]:
+    """→ where features are kept and how many views of an image, the same number in all processes."""
+    train, dataset = job.recipe.train, job.dataset
+    opened = None
+    for rank in range(job.fabric.world_size):  # in turn, as each may make room
+        if rank == job.fabric.global_rank:
+            opened = open_features(
+                computed, job.spec, job.recipe.augment, train.seed, dataset.train, dataset.val, train.views, CACHE_BYTES
+            )
+        job.fabric.barrier()
+    views = min(_gathered(job.fabric, 0 if opened is None else opened[1]))
+    if opened is None or not views:
+        job.on_note("no room for the frozen layers' features: they are computed again in each epoch")
+        return None, 0
+    if views < train.views:
+        job.on_note(f"there is room for the features of {views} views of each image, not {train.views}")
+    return opened[0], views
 
 
 def _image_source(job: _Job, model: torch.nn.Module) -> _Source:
@@ -449,18 +466,21 @@ def _image_source(job: _Job, model: torch.nn.Module) -> _Source:
 def _feature_source(job: _Job, features: Features, views: int, learning: torch.nn.Module, part: int) -> _Source:
     """part: which of the trunk's parts gives what `learning` takes."""
     rank, processes = job.fabric.global_rank, job.fabric.world_size
+    told = False
 
     def fill(samples: Sequence[Sample], view: int) -> None:
         name = "features" if view == PLAIN else f"features, view {view + 1}"
         features.fill(samples[rank::processes], view, part, lambda done, total: job.on_image(name, done, total))
 
     def prepare(epoch: int) -> None:
-        was_full = features.is_full
+        nonlocal told
         fill(job.dataset.val, PLAIN)
         fill(job.dataset.train, epoch % views)
-        job.fabric.barrier()
-        features.refresh()
-        if features.is_full and not was_full:
+        if processes > 1:
+            job.fabric.barrier()
+            features.refresh()
+        if features.is_full and not told:
+            told = True
             job.on_note("the disk is full: the frozen layers' features are computed again where they were not kept")
 
     def stream(samples: Sequence[Sample], view: int, order: list[list[int]]) -> Iterator[_Inputs]:
@@ -524,11 +544,13 @@ def _train(
     total = sum(phase.epochs for phase in phases)
     if not total:
         raise DataError("nothing to train: head_epochs and epochs are both 0 in the recipe")
+    is_calibrated = job.recipe.task == "classify" and not job.recipe.train.qat  # that one has its source's temperature
     try:
-        sources = _sources(job, model, len(history))
-        _run_phases(run, job, model, list(zip(phases, sources, strict=True)), history, tensors)
-        if job.recipe.task == "classify" and not job.recipe.train.qat:  # that one has its source's
-            _calibrate(run, job, model, sources[[phase.name for phase in phases].index(history[-1].phase)])
+        if not _is_over(history, phases, job.recipe) or (is_calibrated and job.spec.temperature == 1.0):
+            sources = _sources(job, model, history[-1].epoch if history else 0)
+            _run_phases(run, job, model, list(zip(phases, sources, strict=True)), history, tensors)
+            if is_calibrated:
+                _calibrate(run, job, model, sources[[phase.name for phase in phases].index(history[-1].phase)])
     except KeyboardInterrupt:
         done = f"{len(history)} of {total} epochs are kept"
         raise Interrupted(f"interrupted: {done}; continue with `edgekit finetune --resume {run.path}`") from None
@@ -569,7 +591,8 @@ def _run_phases(
         for number in ahead:
             if learner is None or _exhausted(history, phase, job.recipe):
                 break
-            history.append(_epoch(job, learner, Step(phase.name, number, total, 0, _steps(job), 0, 0), number - first))
+            place = Step(phase.name, number, total, 0, _steps(job), 0, 0)
+            history.append(_epoch(job, learner, place, number - first, history[-1].epoch if history else 0))
             _save_epoch(run, job, history, learner)
             job.on_epoch(history[-1])
         first += phase.epochs
@@ -643,6 +666,12 @@ def _exhausted(history: Sequence[Epoch], phase: _Phase, recipe: Recipe) -> bool:
     if sum(row.phase == phase.name for row in history) < recipe.train.patience:
         return False
     return history[-1].epoch - best_epoch(history).epoch >= recipe.train.patience
+
+
+def _is_over(history: Sequence[Epoch], phases: Sequence[_Phase], recipe: Recipe) -> bool:
+    last = [phase for phase in phases if phase.epochs][-1]
+    is_last = bool(history) and history[-1].phase == last.name
+    return is_last and (history[-1].epoch == sum(phase.epochs for phase in phases) or _exhausted(history, last, recipe))
 
 
 def _learner(
@@ -719,8 +748,11 @@ def _steps(job: _Job) -> int:
     return max(1, len(_train_order(job, 0)))
 
 
-def _epoch(job: _Job, learner: _Learner, place: Step, done: int) -> Epoch:
-    """One pass over the training images, then one over the validation images. done: the phase's epochs before it."""
+def _epoch(job: _Job, learner: _Learner, place: Step, done: int, kept: int) -> Epoch:
+    """One pass over the training images, then one over the validation images.
+
+    done: how many of the phase's epochs are before it; kept: the number of the last epoch, 0 where there is none.
+    """
     recipe, phase, start = job.recipe, learner.phase, time.perf_counter()
     learner.source.prepare(place.epoch)
     torch.manual_seed(_epoch_seed(recipe, place.epoch))
@@ -739,13 +771,14 @@ def _epoch(job: _Job, learner: _Learner, place: Step, done: int) -> Epoch:
         loss_sum += _learn(job, learner, batch, rng) * len(batch.sizes)
         seen += len(batch.sizes)
         if not math.isfinite(loss_sum):
-            kept = f"; epoch {place.epoch - 1} and those before it are kept" if place.epoch > 1 else ""
-            raise ConfigError(f"the loss is no longer finite in epoch {place.epoch}: lower train.learning_rate{kept}")
+            rest = f"; the epochs up to {kept} are kept" if kept else ""
+            raise ConfigError(f"the loss is no longer finite in epoch {place.epoch}: lower train.learning_rate{rest}")
         speed = seen * job.fabric.world_size / (time.perf_counter() - began)
         job.on_step(replace(place, step=step, loss=loss_sum / seen, images_per_second=speed))
     trained = time.perf_counter()
     train_loss, seen = _mean(_gathered(job.fabric, (loss_sum, seen)))
     with _averaged(learner):
+        _share_state(job.fabric, learner.model)
         val_loss, val_metric = _validate(job, learner)
     return Epoch(
         epoch=place.epoch,
@@ -778,6 +811,8 @@ def _learn(job: _Job, learner: _Learner, batch: _Inputs, rng: np.random.Generato
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+            if job.fabric.world_size > 1:  # the others are in the middle of adding up gradients
+                raise SetupError(f"not enough memory for {len(batch.sizes)} images: lower train.batch_size") from None
             if len(batch.sizes) < 4 * learner.parts:
                 raise SetupError(
                     "not enough memory even for two images at a time: make the images (model.input_size) smaller, or "
@@ -797,9 +832,9 @@ def _backward(
 ) -> float:
     """The gradients of a batch → its loss. share: of each row its own label's; the rest is its partner's in others."""
     total, count = 0.0, len(others)
-    size = -(-count // learner.parts)
-    for start in range(0, count, size):
-        rows = slice(start, start + size)
+    parts = min(learner.parts, max(1, count // 2))  # BatchNorm cannot learn from a single image
+    ends = [count * part // parts for part in range(parts + 1)]
+    for rows in map(slice, ends, ends[1:]):
         with FastGradients():
             outputs = learner.module(*(each[rows] for each in tensors))
         loss = learner.loss(outputs, labels[rows])
@@ -812,8 +847,9 @@ def _backward(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch raises its own error for a GPU and a plain RuntimeError for the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    """torch raises its own error for a GPU and a plain RuntimeError for the host, with other words on Windows."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def _tensors(job: _Job, batch: _Inputs) -> tuple[torch.Tensor, ...]:
@@ -841,6 +877,13 @@ def _validate(job: _Job, learner: _Learner) -> tuple[float, float]:
     pairs = sorted((pair for _, part in gathered for pair in part), key=lambda pair: pair[0])
     samples = job.dataset.val
     return sum(loss for loss, _ in gathered) / len(samples), task.metric([answer for _, answer in pairs], samples)
+
+
+def _share_state(fabric: Fabric, model: torch.nn.Module) -> None:
+    """Gives all processes the first one's tensors: BatchNorm has counted in each what that one saw."""
+    if fabric.world_size > 1:
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
 
 
 def _gathered(fabric: Fabric, value: Any) -> list[Any]:
