@@ -23,8 +23,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ from edgekit.preflight import preflight
 from edgekit.recipe import Recipe, to_toml
 from edgekit.samples import Mask, Sample
 from edgekit.tasks import TASKS, answers, classify, named
+from edgekit.tensorboard import log_epoch, require_tensorboard
 from edgekit.training import Average, class_weights, learning_rate, mixed, parameter_groups
 
 CHECK_IMAGES = 8
@@ -127,6 +130,7 @@ def finetune(
     runs: Path = Path("runs"),
     *,
     opencv: Sequence[str] = (),
+    budget_s: float | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -136,11 +140,17 @@ def finetune(
 
     The folder is `recipe.name`, or made from the data's and the backbone's names; an existing one is never
     overwritten. opencv: versions on which the network is to run, beside the one here; a backbone that does not is
-    refused. on_image: the name of a work on images, how many are done, and of how many; on_note: what the user should
-    know and is no error. Raises ConfigError, DataError, SetupError (no weights to be had) or ArtifactError before
-    training; EdgekitError when the loss stops being a number.
+    refused. budget_s: seconds that training may take; the recipe's epochs become as many as fit, by how long a few
+    steps take here, and at least one. on_image: the name of some work on images, how many are done, and of how many.
+    on_note: what the user should know and is no error.
+
+    Raises ConfigError, DataError, SetupError (no weights to be had) or ArtifactError before training; EdgekitError when
+    the loss stops being a number.
     """
+    start = time.perf_counter()
     fabric = _fabric(recipe)  # a device that is not there is said before anything is made
+    if recipe.train.tensorboard:
+        require_tensorboard()
     torch.manual_seed(recipe.train.seed)
     spec = backbones.default_spec(
         recipe.model.backbone,
@@ -157,6 +167,9 @@ def finetune(
     preflight(recipe.model.backbone, model, spec, names, [dataset.train[0].path, dataset.val[0].path], opencv)
     if recipe.train.qat:
         fake_quantization.fake_quantize(model)
+    if budget_s is not None:
+        job = _job(fabric, recipe, spec, dataset, on_step, on_epoch, on_image, on_note)
+        recipe = _within(job, model, budget_s, start)
     name = f"{dataset.root.name}-{recipe.model.backbone.replace(':', '-')}"
     check_images = [sample.path for sample in _check_samples(dataset)]
     run = _new_run(fabric, recipe, runs, name, dataset, spec, check_images)
@@ -473,6 +486,47 @@ def _feature_source(job: _Job, features: Features, views: int, learning: torch.n
     return _Source(learning, prepare, train_stream, lambda: stream(job.dataset.val, PLAIN, _val_order(job)))
 
 
+PROBE_STEPS = 4  # the first of them is slower, and is not timed
+VALIDATION_SHARE = 0.4  # of a step's time that a validation batch takes: it goes forward only
+MOST_EPOCHS = 100
+
+
+def _within(job: _Job, model: torch.nn.Module, budget_s: float, start: float) -> Recipe:
+    """The recipe with as many epochs as fit into the budget, which began at `start` (time.perf_counter).
+
+    What a trial of a few steps computes of features is kept; the network is left as it is.
+    """
+    model = deepcopy(model)
+    phases, sources = _phases(job.recipe, model), _sources(job, model, 0)
+    began = time.perf_counter()
+    sources[-1].prepare(0)
+    fill_s = (time.perf_counter() - began) / (1 + len(job.dataset.val) / len(job.dataset.train))
+    learner = _learner(job, phases[-1], sources[-1], model, {}, 0)
+    rng = np.random.default_rng(0)
+    times_s = []
+    for batch in islice(sources[-1].train(0), PROBE_STEPS):
+        began = time.perf_counter()
+        _learn(job, learner, batch, rng)
+        times_s.append(time.perf_counter() - began)
+    val_batches = len(job.dataset.val) / job.recipe.train.batch_size
+    step_s = float(np.median(times_s[1:] or times_s))
+    epoch_s = step_s * (_steps(job) + VALIDATION_SHARE * val_batches)
+    left_s = budget_s - (time.perf_counter() - start) - job.recipe.train.head_epochs * epoch_s
+    epochs, views = 0, job.recipe.train.views if sources[-1].module is not model else 0
+    while epochs < MOST_EPOCHS and left_s >= epoch_s:
+        epochs += 1
+        left_s -= epoch_s + (fill_s if 1 < epochs <= views else 0)  # the first view is there already
+    epochs = max(_gathered(job.fabric, max(1, epochs))[0], 1)
+    seconds = f"{epoch_s:.0f} s" if epoch_s >= 10 else f"{epoch_s:.1f} s"
+    job.on_note(f"an epoch takes about {seconds}: {epochs} of them are planned")
+    if budget_s < epoch_s:
+        job.on_note("that is longer than the time given: fewer stages (--preset fast) or smaller images would fit")
+    train = job.recipe.train.model_copy(
+        update={"epochs": epochs, "patience": max(job.recipe.train.patience, epochs // 3)}
+    )
+    return job.recipe.model_copy(update={"train": train})
+
+
 def _epoch_seed(recipe: Recipe, epoch: int) -> int:
     """Of all the epoch's randomness, so that resuming repeats it."""
     return recipe.train.seed * 100_003 + epoch
@@ -561,16 +615,19 @@ def _run_phases(
     tensors: dict[str, torch.Tensor],
 ) -> None:
     """Appends a row an epoch to `history`, each once its state is on disk."""
+    recipe = job.recipe
     resumed, total, first = history[-1].epoch if history else 0, sum(phase.epochs for phase, _ in phases), 1
     for phase, source in phases:
         ahead = range(max(first, resumed + 1), first + phase.epochs)
         done = resumed + 1 - first  # of the phase's epochs, where it was left in its middle
         learner = _learner(job, phase, source, model, tensors if done > 0 else {}, max(0, done)) if ahead else None
         for number in ahead:
-            if learner is None or _exhausted(history, phase, job.recipe):
+            if learner is None or _exhausted(history, phase, recipe):
                 break
             history.append(_epoch(job, learner, Step(phase.name, number, total, 0, _steps(job), 0, 0), number - first))
             _save_epoch(run, job, history, learner)
+            if recipe.train.tensorboard and job.fabric.is_global_zero:
+                log_epoch(run.path / "tensorboard", history[-1])
             job.on_epoch(history[-1])
         first += phase.epochs
 

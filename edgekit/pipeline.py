@@ -43,7 +43,7 @@ def pipeline(recipe: Recipe, target: Target, runs: Path, dist: Path, watch: Watc
     data = recipe.data
     dataset = read_dataset(Path(data.path), recipe.task, val_fraction=data.val_fraction, split_seed=data.split_seed)
     watch.on_stage("finetune")
-    trained = finetune(recipe, dataset, runs, on_step=watch.on_step, on_epoch=watch.on_epoch)
+    trained = finetune(recipe, dataset, runs, on_step=watch.on_step, on_epoch=watch.on_epoch, on_image=watch.on_image)
     watch.on_stage("export")
     exported = export(trained.run, target.form)
     watch.on_stage("verify")

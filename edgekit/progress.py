@@ -85,6 +85,10 @@ class Display:
             soft_wrap=True,
         )
 
+    def note(self, text: str) -> None:
+        """What the user should know; it stays."""
+        self._progress.console.print(f"  {text}")
+
     def _show(self, name: str, done: int, total: int | None, note: str) -> None:
         same_work = self._task is not None and (name == self._name or name.startswith("epoch"))
         if not same_work:

@@ -329,3 +329,21 @@ def test_stops_early_when_nothing_better_comes(digits: Path, tmp_path: Path) -> 
 def test_the_best_epoch_is_the_first_of_the_best() -> None:
     assert best_epoch([row(1, 0.5), row(2, 0.9), row(3, 0.9), row(4, 0.8)]).epoch == 2
     assert best_epoch([row(1, 0.9, 0.4), row(2, 0.9, 0.3)]).epoch == 2
+
+
+def test_tensorboard_reads_what_was_logged(digits: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = finetune(small(digits, "logged", epochs=1, tensorboard=True), read_dataset(digits), tmp_path)
+    events = EventAccumulator(str(done.run / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss/train",
+        "loss/val",
+        "val/top-1",
+        "learning_rate",
+        "images_per_second",
+    }
+    assert [(each.step, each.value) for each in events.Scalars("val/top-1")] == [
+        (row.epoch, pytest.approx(row.val_metric)) for row in done.history
+    ]
