@@ -347,3 +347,26 @@ def test_tensorboard_reads_what_was_logged(digits: Path, tmp_path: Path) -> None
     assert [(each.step, each.value) for each in events.Scalars("val/top-1")] == [
         (row.epoch, pytest.approx(row.val_metric)) for row in done.history
     ]
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_a_time_is_planned_by_what_a_few_steps_take(digits: Path, tmp_path: Path, views: int) -> None:
+    recipe, dataset = small(digits, "timed", head_epochs=0, epochs=2, views=views), read_dataset(digits)
+    notes: list[str] = []
+    start = time.perf_counter()
+    done = finetune(recipe, dataset, tmp_path, budget_s=8.0, on_note=notes.append)
+    taken_s = time.perf_counter() - start
+    planned = RunFolder(done.run).read_recipe().train
+    assert 1 <= planned.epochs <= 100 and planned.patience == max(recipe.train.patience, planned.epochs // 3)
+    assert f"{planned.epochs} of them are planned" in notes[0]
+    assert done.stopped_early or len(done.history) == planned.epochs
+    assert taken_s < 60, "a budget of 8 seconds"
+    tiny = finetune(small(digits, "tiny", views=views), dataset, tmp_path, budget_s=0.001, on_note=notes.append)
+    assert RunFolder(tiny.run).read_recipe().train.epochs == 1
+    assert "longer than the time given" in notes[-1]
+
+
+def test_a_plan_leaves_no_trace_in_the_weights(digits: Path, tmp_path: Path) -> None:
+    dataset = read_dataset(digits)
+    timed = finetune(small(digits, "timed", epochs=1), dataset, tmp_path, budget_s=0.001)
+    assert_same_run(timed.run, finetune(small(digits, "plain", epochs=1), dataset, tmp_path).run)
