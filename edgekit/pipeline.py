@@ -10,7 +10,8 @@ from edgekit.bundle import Bundled, bundle
 from edgekit.datasets import read_dataset
 from edgekit.evaluate import Evaluation, evaluate
 from edgekit.export import Exported, export
-from edgekit.finetune import Epoch, Finetuned, Step, finetune
+from edgekit.finetune import Finetuned, finetune
+from edgekit.jobs import Epoch, Step
 from edgekit.quantize import quantize
 from edgekit.recipe import Recipe
 from edgekit.targets import Target

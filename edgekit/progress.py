@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 if TYPE_CHECKING:
-    from edgekit.finetune import Epoch, Step
+    from edgekit.jobs import Epoch, Step
     from edgekit.tuning import Standing
 
 console = Console(stderr=True, highlight=False)

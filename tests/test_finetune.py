@@ -20,7 +20,8 @@ from edgekit.demo import digits_recipe
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted
 from edgekit.export import export
 from edgekit.fake_quantization import fake_quantize, plain_state
-from edgekit.finetune import Epoch, Step, best_epoch, finetune, finetune_qat, resume
+from edgekit.finetune import best_epoch, finetune, finetune_qat, resume
+from edgekit.jobs import Epoch, Step
 from edgekit.recipe import Recipe, qat_recipe
 
 
