@@ -12,6 +12,7 @@ from lightning_fabric import Fabric
 from edgekit import backbones, runner
 from edgekit.batches import batch_order
 from edgekit.datasets import Dataset
+from edgekit.errors import DataError
 from edgekit.recipe import Recipe
 from edgekit.tasks import TASKS
 
@@ -67,6 +68,7 @@ class Job:
 
 
 def phases_of(recipe: Recipe, model: torch.nn.Module) -> tuple[Phase, Phase]:
+    """The head alone, then the head with the backbone's last stages; either may have no epochs."""
     train = recipe.train
     count = round(train.unfrozen_fraction * len(stages_of(recipe, model)))
     return (
@@ -76,11 +78,13 @@ def phases_of(recipe: Recipe, model: torch.nn.Module) -> tuple[Phase, Phase]:
 
 
 def learning_parts(recipe: Recipe, phase: Phase, model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What a phase trains, in the network's order, the head last."""
     stages = stages_of(recipe, model)
     return [*stages[len(stages) - phase.stages :], TASKS[recipe.task].head(model)]
 
 
 def stages_of(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The backbone's stages, in its order."""
     return [module for _, module in backbones.stages(TASKS[recipe.task].trunk(model))]
 
 
@@ -90,7 +94,10 @@ def epoch_seed(recipe: Recipe, epoch: int) -> int:
 
 
 def train_order(job: Job, epoch: int) -> list[list[int]]:
-    # BatchNorm cannot learn from a single image
+    """This process's share of each of an epoch's batches: indices of training images.
+
+    A batch that would leave a process a single image is left out: BatchNorm cannot learn from it.
+    """
     return batch_order(
         len(job.dataset.train),
         job.recipe.train.batch_size,
@@ -102,6 +109,7 @@ def train_order(job: Job, epoch: int) -> list[list[int]]:
 
 
 def val_order(job: Job) -> list[list[int]]:
+    """This process's share of the validation images, in batches of indices."""
     rank, processes = job.fabric.global_rank, job.fabric.world_size
     order = batch_order(
         len(job.dataset.val), job.recipe.train.batch_size, None, rank=rank, processes=processes, least=0
@@ -110,12 +118,15 @@ def val_order(job: Job) -> list[list[int]]:
 
 
 def steps_of(job: Job) -> int:
-    """Of an epoch."""
-    return max(1, len(train_order(job, 0)))
+    """Steps of an epoch. Raises DataError where there are too few images for one."""
+    steps = len(train_order(job, 0))
+    if not steps:
+        raise DataError("too few training images: each process needs two at least")
+    return steps
 
 
 def gathered(fabric: Fabric, value: Any) -> list[Any]:
-    """What each process has, in their order."""
+    """What each process has of something, in their order; it must be picklable."""
     if fabric.world_size == 1:
         return [value]
     values = [None] * fabric.world_size

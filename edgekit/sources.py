@@ -118,5 +118,6 @@ def _feature_source(job: Job, features: Features, views: int, learning: torch.nn
 
 
 def on_device(job: Job, batch: Inputs) -> tuple[torch.Tensor, ...]:
+    """A batch's arrays as tensors where the training runs, images and maps channels_last."""
     found = (torch.from_numpy(array).to(job.fabric.device) for array in batch.arrays)
     return tuple(each.contiguous(memory_format=torch.channels_last) if each.dim() == 4 else each for each in found)
