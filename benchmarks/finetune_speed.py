@@ -52,7 +52,8 @@ from edgekit import backbones, runner
 from edgekit.artifacts import RunFolder
 from edgekit.batches import batches
 from edgekit.datasets import Dataset, read_dataset
-from edgekit.finetune import Epoch, finetune
+from edgekit.finetune import finetune
+from edgekit.jobs import Epoch
 from edgekit.recipe import Recipe, suggest
 from edgekit.samples import Sample
 from edgekit.tasks import TASKS, classify, forward

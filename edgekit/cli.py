@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,12 +188,17 @@ def finetune(
     backbone: Annotated[str, typer.Option(help="See `edgekit backbones`.")] = "",
     weights: Annotated[Path | None, typer.Option(help="Start from this .safetensors or .pth file.")] = None,
     no_pretrained: Annotated[bool, typer.Option("--no-pretrained", help="Start from random weights.")] = False,
+    preset: Annotated[str, typer.Option(help="fast, balanced (the default) or best.")] = "",
+    time: Annotated[str, typer.Option(help="Train for about this long, such as 90s, 10m or 1h30m.")] = "",
     epochs: Annotated[int | None, typer.Option(min=0, help="Epochs for the last stages of the backbone.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Images a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     image_size: Annotated[str, typer.Option(help="Network input in pixels: a side, or HEIGHTxWIDTH.")] = "",
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log for TensorBoard too, in runs/NAME/tensorboard.")
+    ] = False,
     tune: Annotated[int | None, typer.Option(min=1, metavar="N", help=TUNE_HELP)] = None,
     opencv: Annotated[str, typer.Option(help="Refuse a backbone that these cannot run, such as 4.6,4.10.")] = "",
     runs: Runs = Path("runs"),
@@ -201,8 +207,11 @@ def finetune(
 ) -> None:
     """Train on a folder of labelled images; makes runs/NAME.
 
-    Defaults are good: just give DATA. First the new head learns, then the last stages of the pretrained backbone (to
-    detect and to segment: two thirds of it, and for longer). Ctrl-C keeps what was reached.
+    Defaults are good: just give DATA. The new head and the last stages of the pretrained backbone learn (to detect and
+    to segment: two thirds of it, and for longer). What the frozen stages before them give is computed once for each
+    image and a few augmented views of it, and kept in the cache. Ctrl-C keeps what was reached.
+
+    Several processes, GPUs or machines: torchrun --nproc-per-node 2 -m edgekit finetune DATA
 
     Where int8 costs a run too much accuracy, --qat RUN trains it on for a few epochs while every layer computes with
     int8's rounding, so that the weights learn to bear it (quantization-aware training). The accuracy shown is then the
@@ -220,20 +229,12 @@ def finetune(
         ("train", "learning_rate"): learning_rate,
         ("train", "seed"): seed,
         ("train", "device"): device,
+        ("train", "tensorboard"): tensorboard or None,
     }
     given = {key: value for key, value in changes.items() if value not in ("", None)}
-    if task and (recipe or resume or qat):
-        raise UsageError("--task goes with DATA: a recipe and a run say themselves what is learnt")
-    versions = _versions(opencv)
-    if qat and (given.keys() - _QAT_SETTINGS or recipe or resume or versions or skip_bad or tune):
-        raise UsageError(
-            "--qat takes data, backbone and settings from its run: only --epochs, --learning-rate, --batch-size, "
-            "--seed, --device, --name and --runs go with it"
-        )
-    if resume and (given or recipe or versions or tune):
-        raise UsageError("--resume continues a run as it was begun: give it alone, without DATA or other settings")
-    if not (resume or recipe or data or qat):
-        raise UsageError("nothing to train on: give DATA (an image folder or CSV), --recipe FILE or --resume RUN")
+    versions, budget_s = _versions(opencv), _seconds(time)
+    plan = [option for option, value in (("--preset", preset), ("--time", time), ("--tune", tune)) if value]
+    _refuse_mixed(data, recipe, resume, qat, task, given, [*plan, *(["--opencv"] if versions else [])], skip_bad)
     from edgekit.progress import display
 
     # The stage imports torch, which takes seconds: bad data and bad recipes are said before.
@@ -242,19 +243,19 @@ def finetune(
             show.busy(LOADING)
             from edgekit.finetune import resume as continue_run
 
-            done = continue_run(resume, on_step=show.step, on_epoch=show.epoch)
+            done = continue_run(resume, **_told(show))
     elif qat:
         done = _finetune_qat(qat, given, runs)
     elif tune:
-        done = _tune(*_plan(recipe, given, task, skip_bad), tune, runs, versions)
+        done = _tune(*_plan(recipe, given, task, skip_bad, preset), tune, runs, versions)
     else:
-        chosen, dataset = _plan(recipe, given, task, skip_bad)
+        chosen, dataset = _plan(recipe, given, task, skip_bad, preset)
         with display() as show:
             show.busy(LOADING)
             from edgekit.finetune import finetune as stage
 
             show.busy(f"preparing {chosen.model.backbone}")
-            done = stage(chosen, dataset, runs, opencv=versions, on_step=show.step, on_epoch=show.epoch)
+            done = stage(chosen, dataset, runs, opencv=versions, budget_s=budget_s, **_told(show))
     if not is_first_process():
         return
     if as_json:
@@ -264,6 +265,48 @@ def finetune(
     figure = f"{done.best.metric} {100 * done.best.val_metric:.2f} %"
     typer.echo(f"best: {figure} in epoch {done.best.epoch} of {len(done.history)}{early}")
     typer.echo(f"next: edgekit {'quantize' if qat else 'bundle'} {done.run}")
+
+
+def _refuse_mixed(
+    data: str,
+    recipe: Path | None,
+    resume: Path | None,
+    qat: Path | None,
+    task: str,
+    given: dict[tuple[str, ...], Any],
+    plan: list[str],
+    skip_bad: bool,
+) -> None:
+    """Raises UsageError where options of finetune were given that do not go together."""
+    if task and (recipe or resume or qat):
+        raise UsageError("--task goes with DATA: a recipe and a run say themselves what is learnt")
+    if qat and (given.keys() - _QAT_SETTINGS or recipe or resume or plan or skip_bad):
+        raise UsageError(
+            "--qat takes data, backbone and settings from its run: only --epochs, --learning-rate, --batch-size, "
+            "--seed, --device, --name and --runs go with it"
+        )
+    if resume and (given or recipe or plan):
+        raise UsageError("--resume continues a run as it was begun: give it alone, without DATA or other settings")
+    if not (resume or recipe or data or qat):
+        raise UsageError("nothing to train on: give DATA (an image folder or CSV), --recipe FILE or --resume RUN")
+    if "--time" in plan and ("--tune" in plan or ("train", "epochs") in given):
+        raise UsageError("--time finds out how many epochs fit: give it without --epochs and --tune")
+
+
+def _told(show: Display) -> dict[str, Any]:
+    """Where a training's progress goes."""
+    return {"on_step": show.step, "on_epoch": show.epoch, "on_image": show.images, "on_note": show.note}
+
+
+def _seconds(text: str) -> float | None:
+    """ "90s" → 90, "10m" → 600, "1h30m" → 5400, "" → None."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not text:
+        return None
+    if not found:
+        raise UsageError(f"--time takes a time such as 90s, 10m or 1h30m, not {text!r}")
+    hours, minutes, seconds = (int(group or 0) for group in found.groups())
+    return float(3600 * hours + 60 * minutes + seconds)
 
 
 _QAT_SETTINGS = {("name",), *(("train", key) for key in ("epochs", "learning_rate", "batch_size", "seed", "device"))}
@@ -281,7 +324,7 @@ def _finetune_qat(source: Path, given: dict[tuple[str, ...], Any], runs: Path) -
         show.busy(LOADING)
         from edgekit.finetune import finetune_qat as stage
 
-        return stage(source, recipe, runs, on_step=show.step, on_epoch=show.epoch)
+        return stage(source, recipe, runs, **_told(show))
 
 
 def _tune(recipe: Recipe, dataset: Dataset, trials: int, runs: Path, opencv: tuple[str, ...]) -> Finetuned:
@@ -295,7 +338,7 @@ def _tune(recipe: Recipe, dataset: Dataset, trials: int, runs: Path, opencv: tup
         from edgekit.tuning import Epoch, tune
 
         def train(candidate: Recipe, folder: Path, on_epoch: Callable[[Epoch], None]) -> Finetuned:
-            return stage(candidate, dataset, folder, opencv=opencv, on_step=show.step, on_epoch=on_epoch)
+            return stage(candidate, dataset, folder, opencv=opencv, **{**_told(show), "on_epoch": on_epoch})
 
         tuned = tune(recipe, dataset, trials, runs, train, on_trial=show.trial)
         done = resume(tuned.run)  # it is finished: this reads its history
@@ -328,13 +371,16 @@ def _versions(text: str) -> tuple[str, ...]:
     return tuple(version.strip() for version in text.split(",") if version.strip())
 
 
-def _plan(file: Path | None, changes: dict[tuple[str, ...], Any], task: str, skip_bad: bool) -> tuple[Recipe, Dataset]:
-    """The recipe file (or what suits the data) with the command line's changes on top, and the data."""
+def _plan(
+    file: Path | None, changes: dict[tuple[str, ...], Any], task: str, skip_bad: bool, preset: str
+) -> tuple[Recipe, Dataset]:
+    """The recipe file (or what suits the data), on it the preset and the command line's changes; and the data."""
     from edgekit.datasets import guess_task
-    from edgekit.recipe import read_recipe, suggest
+    from edgekit.recipe import read_recipe, suggest, with_preset
 
     path = changes.get(("data", "path"), "")
     base = read_recipe(file) if file else suggest(path, (), _task(task or guess_task(Path(path))))
+    base = with_preset(base, preset) if preset else base
     recipe = _changed(base, changes, str(file) if file else "the options")
     dataset = _read_data(recipe, skip_bad)
     if file is None:

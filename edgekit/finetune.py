@@ -17,14 +17,12 @@ import csv
 import io
 import json
 import logging
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from edgekit import backbones, fake_quantization, frozen, runner
+from edgekit import backbones, fake_quantization, runner
 from edgekit.artifacts import (
     RunFolder,
     open_run,
@@ -44,49 +42,20 @@ from edgekit.artifacts import (
     write_json,
     write_text,
 )
-from edgekit.batches import batch_order, batches, load_image
 from edgekit.datasets import Dataset, missing, read_split, write_split
 from edgekit.doctor import cpu_computes_bfloat16
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
-from edgekit.features import PLAIN, Features, open_features
-from edgekit.gradients import FastGradients
+from edgekit.jobs import Epoch, Job, Phase, Step, gathered, phases_of, steps_of, val_order
+from edgekit.learner import AVERAGE, Learner, averaged, learn_epoch, learner_of
 from edgekit.preflight import preflight
 from edgekit.recipe import Recipe, to_toml
 from edgekit.samples import Mask, Sample
-from edgekit.tasks import TASKS, answers, classify, named
-from edgekit.training import Average, class_weights, learning_rate, mixed, parameter_groups
+from edgekit.sources import Source, on_device, sources_of
+from edgekit.tasks import TASKS, classify
+from edgekit.tensorboard import log_epoch, require_tensorboard
+from edgekit.time_budget import within
 
 CHECK_IMAGES = 8
-CACHE_BYTES = 8 << 30  # of the features that are kept for all runs
-AVERAGE = "average."  # before a tensor's name in the saved state
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step done, for a progress display."""
-
-    phase: str
-    epoch: int  # from 1
-    epochs: int
-    step: int  # from 1, within the epoch
-    steps: int
-    loss: float
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """A row of history.csv."""
-
-    epoch: int  # from 1
-    phase: str  # "head": the backbone is frozen; "stages": its last stages learn too
-    learning_rate: float  # the epoch's last
-    train_loss: float
-    val_loss: float
-    metric: str  # the task's: "top-1", "mAP@0.5" or "mean IoU"
-    val_metric: float  # 0..1
-    seconds: float
-    images_per_second: float  # of training alone
 
 
 @dataclass(frozen=True)
@@ -99,34 +68,13 @@ class Finetuned:
     stopped_early: bool
 
 
-@dataclass(frozen=True)
-class _Phase:
-    name: str
-    epochs: int
-    learning_rate: float
-    stages: int  # how many of the backbone's stages learn, from the last
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What stays the same through a run. Of several processes only the first one's callbacks are told."""
-
-    recipe: Recipe
-    spec: runner.Spec
-    dataset: Dataset
-    fabric: Fabric
-    on_step: Callable[[Step], None]
-    on_epoch: Callable[[Epoch], None]
-    on_image: Callable[[str, int, int], None]
-    on_note: Callable[[str], None]
-
-
 def finetune(
     recipe: Recipe,
     dataset: Dataset,
     runs: Path = Path("runs"),
     *,
     opencv: Sequence[str] = (),
+    budget_s: float | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -136,11 +84,17 @@ def finetune(
 
     The folder is `recipe.name`, or made from the data's and the backbone's names; an existing one is never
     overwritten. opencv: versions on which the network is to run, beside the one here; a backbone that does not is
-    refused. on_image: the name of a work on images, how many are done, and of how many; on_note: what the user should
-    know and is no error. Raises ConfigError, DataError, SetupError (no weights to be had) or ArtifactError before
-    training; EdgekitError when the loss stops being a number.
+    refused. budget_s: seconds that training may take; the recipe's epochs become as many as fit, by how long a few
+    steps take here, and at least one. on_image: the name of some work on images, how many are done, and of how many.
+    on_note: what the user should know and is no error.
+
+    Raises ConfigError, DataError, SetupError (no weights to be had) or ArtifactError before training; EdgekitError when
+    the loss stops being a number.
     """
+    start = time.perf_counter()
     fabric = _fabric(recipe)  # a device that is not there is said before anything is made
+    if recipe.train.tensorboard:
+        require_tensorboard()
     torch.manual_seed(recipe.train.seed)
     spec = backbones.default_spec(
         recipe.model.backbone,
@@ -157,6 +111,9 @@ def finetune(
     preflight(recipe.model.backbone, model, spec, names, [dataset.train[0].path, dataset.val[0].path], opencv)
     if recipe.train.qat:
         fake_quantization.fake_quantize(model)
+    if budget_s is not None:
+        job = _job(fabric, recipe, spec, dataset, on_step, on_epoch, on_image, on_note)
+        recipe = within(job, model, budget_s, start)
     name = f"{dataset.root.name}-{recipe.model.backbone.replace(':', '-')}"
     check_images = [sample.path for sample in _check_samples(dataset)]
     run = _new_run(fabric, recipe, runs, name, dataset, spec, check_images)
@@ -234,11 +191,11 @@ def _job(
     on_epoch: Callable[[Epoch], None],
     on_image: Callable[[str, int, int], None],
     on_note: Callable[[str], None],
-) -> _Job:
+) -> Job:
     if fabric.is_global_zero:
-        return _Job(recipe, spec, dataset, fabric, on_step, on_epoch, on_image, on_note)
+        return Job(recipe, spec, dataset, fabric, on_step, on_epoch, on_image, on_note)
     silent = (lambda *_: None,) * 4
-    return _Job(recipe, spec, dataset, fabric, *silent)
+    return Job(recipe, spec, dataset, fabric, *silent)
 
 
 def _start(recipe: Recipe, class_names: Sequence[str]) -> torch.nn.Module:
@@ -340,12 +297,12 @@ def _history_csv(history: Sequence[Epoch]) -> str:
     return stream.getvalue()
 
 
-def _save_epoch(run: RunFolder, job: _Job, history: list[Epoch], learner: _Learner) -> None:
+def _save_epoch(run: RunFolder, job: Job, history: list[Epoch], learner: Learner) -> None:
     """Written by the first process alone; the others wait until it is there."""
     if job.fabric.is_global_zero:
         # The weights first: if the power goes before the state is there, the epoch is repeated and gives them again.
         if best_epoch(history) is history[-1]:
-            with _averaged(learner):
+            with averaged(learner):
                 write_bytes(run.weights, save(_on_cpu(fake_quantization.plain_state(learner.model))))
         tensors = {f"model.{key}": value for key, value in _on_cpu(learner.model.state_dict()).items()}
         for index, values in learner.optimizer.state_dict()["state"].items():
@@ -371,185 +328,23 @@ def _read_state(path: Path) -> tuple[list[Epoch], dict[str, torch.Tensor]]:
         raise ArtifactError(f"{path} is damaged ({error}): start again with `edgekit finetune DATA`") from None
 
 
-# What is learnt, and from what -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What the learning part of the network sees of a batch, and what is true of it."""
-
-    arrays: tuple[np.ndarray, ...]  # float32 (N, ...) each
-    labels: Any  # as batches.Batch has them
-    sizes: tuple[tuple[int, int], ...]  # (height, width) of the photos; of features, which need none, the input's
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Of several processes each has its share of every batch, and of the validation images."""
-
-    module: torch.nn.Module  # what learns: the network, or its half behind the frozen one
-    prepare: Callable[[int], None]  # computes what an epoch (its number) needs and is not kept yet
-    train: Callable[[int], Iterator[_Inputs]]  # an epoch's number → its batches
-    val: Callable[[], Iterator[_Inputs]]
-
-
-def _sources(job: _Job, model: torch.nn.Module, epochs_done: int) -> list[_Source]:
-    """What each phase learns from: features where layers are frozen and there is room to keep them, else the images.
-
-    epochs_done: the last epoch's number. What a phase that is over learnt from is not prepared again, but for the last
-    one's: the kept weights are calibrated on that.
-    """
-    model.to(job.fabric.device).to(memory_format=torch.channels_last).requires_grad_(False)
-    phases = _phases(job.recipe, model)
-    sources = [_image_source(job, model) for _ in phases]
-    ends = np.cumsum([phase.epochs for phase in phases])
-    ahead = [
-        index
-        for index, phase in enumerate(phases)
-        if phase.epochs
-        and (ends[index] > epochs_done or ends[index] == ends[-1])
-        and phase.stages < len(_stages(job.recipe, model))
-    ]
-    if job.recipe.task != "classify" or not job.recipe.train.views or not ahead:
-        return sources
-    samples = [sample for part in (job.dataset.train, job.dataset.val) for sample in part[:1]]
-    images = runner.normalize(np.stack([load_image(sample, job.spec) for sample in samples]), job.spec)
-    trunk, halves = frozen.cuts(
-        model.eval(),
-        [_learning(job.recipe, phases[index], model) for index in ahead],
-        torch.from_numpy(images).to(job.fabric.device),
-    )
-    if not trunk.parts:
-        return sources
-    features, views = _open_features(job, frozen.engine(trunk, images, job.fabric.device))
-    part = len(trunk.parts)
-    for index, half in zip(ahead, halves, strict=True):
-        if half is not None and features is not None:
-            part -= 1  # the first phase's is the trunk's last: least learns there
-            sources[index] = _feature_source(job, features, views, half.learning, part)
-    return sources
-
-
-def _open_features(job: _Job, computed: frozen.Frozen) -> tuple[Features | None, int]:
-    """→ where features are kept and how many views of an image, the same number in all processes."""
-    train, dataset = job.recipe.train, job.dataset
-    opened = None
-    for rank in range(job.fabric.world_size):  # in turn, as each may make room
-        if rank == job.fabric.global_rank:
-            opened = open_features(
-                computed, job.spec, job.recipe.augment, train.seed, dataset.train, dataset.val, train.views, CACHE_BYTES
-            )
-        job.fabric.barrier()
-    views = min(_gathered(job.fabric, 0 if opened is None else opened[1]))
-    if opened is None or not views:
-        job.on_note("no room for the frozen layers' features: they are computed again in each epoch")
-        return None, 0
-    if views < train.views:
-        job.on_note(f"there is room for the features of {views} views of each image, not {train.views}")
-    return opened[0], views
-
-
-def _image_source(job: _Job, model: torch.nn.Module) -> _Source:
-    train, val, size, augment = job.dataset.train, job.dataset.val, job.recipe.train.batch_size, job.recipe.augment
-
-    def stream(samples: Sequence[Sample], order: list[list[int]], **options: Any) -> Iterator[_Inputs]:
-        for batch in batches(samples, job.spec, size, order=order, **options):
-            yield _Inputs((runner.normalize(batch.images, job.spec),), batch.labels, batch.sizes)
-
-    def train_stream(epoch: int) -> Iterator[_Inputs]:
-        seed = _epoch_seed(job.recipe, epoch)
-        return stream(train, _train_order(job, epoch), augment=augment, seed=seed)
-
-    return _Source(model, lambda _: None, train_stream, lambda: stream(val, _val_order(job)))
-
-
-def _feature_source(job: _Job, features: Features, views: int, learning: torch.nn.Module, part: int) -> _Source:
-    """part: which of the trunk's parts gives what `learning` takes."""
-    rank, processes = job.fabric.global_rank, job.fabric.world_size
-    told = False
-
-    def fill(samples: Sequence[Sample], view: int) -> None:
-        name = "features" if view == PLAIN else f"features, view {view + 1}"
-        features.fill(samples[rank::processes], view, part, lambda done, total: job.on_image(name, done, total))
-
-    def prepare(epoch: int) -> None:
-        nonlocal told
-        fill(job.dataset.val, PLAIN)
-        fill(job.dataset.train, epoch % views)
-        if processes > 1:
-            job.fabric.barrier()
-            features.refresh()
-        if features.is_full and not told:
-            told = True
-            job.on_note("the disk is full: the frozen layers' features are computed again where they were not kept")
-
-    def stream(samples: Sequence[Sample], view: int, order: list[list[int]]) -> Iterator[_Inputs]:
-        for batch in features.batches(samples, view, part, order):
-            yield _Inputs(batch.arrays, batch.labels, (job.spec.input_size,) * len(batch.labels))
-
-    def train_stream(epoch: int) -> Iterator[_Inputs]:
-        return stream(job.dataset.train, epoch % views, _train_order(job, epoch))
-
-    return _Source(learning, prepare, train_stream, lambda: stream(job.dataset.val, PLAIN, _val_order(job)))
-
-
-def _epoch_seed(recipe: Recipe, epoch: int) -> int:
-    """Of all the epoch's randomness, so that resuming repeats it."""
-    return recipe.train.seed * 100_003 + epoch
-
-
-def _train_order(job: _Job, epoch: int) -> list[list[int]]:
-    # BatchNorm cannot learn from a single image
-    return batch_order(
-        len(job.dataset.train),
-        job.recipe.train.batch_size,
-        _epoch_seed(job.recipe, epoch),
-        rank=job.fabric.global_rank,
-        processes=job.fabric.world_size,
-        least=2,
-    )
-
-
-def _val_order(job: _Job) -> list[list[int]]:
-    rank, processes = job.fabric.global_rank, job.fabric.world_size
-    order = batch_order(
-        len(job.dataset.val), job.recipe.train.batch_size, None, rank=rank, processes=processes, least=0
-    )
-    return [batch for batch in order if batch]
-
-
 # Training -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Learner:
-    """A phase under way."""
-
-    phase: _Phase
-    source: _Source
-    model: torch.nn.Module  # the whole network
-    learning: Sequence[torch.nn.Module]
-    module: Any  # the source's, as Fabric wraps it
-    optimizer: Any
-    average: Average | None
-    loss: Callable[[Any, Any], torch.Tensor]
-    parts: int = 1  # that a batch is computed in; more than one where memory was short
-
-
 def _train(
-    run: RunFolder, job: _Job, model: torch.nn.Module, history: list[Epoch], tensors: dict[str, torch.Tensor]
+    run: RunFolder, job: Job, model: torch.nn.Module, history: list[Epoch], tensors: dict[str, torch.Tensor]
 ) -> Finetuned:
     """Runs the epochs that `history` does not have yet. tensors: the saved state that history ended with."""
-    phases = _phases(job.recipe, model)
+    phases = phases_of(job.recipe, model)
     total = sum(phase.epochs for phase in phases)
     if not total:
         raise DataError("nothing to train: head_epochs and epochs are both 0 in the recipe")
-    is_calibrated = job.recipe.task == "classify" and not job.recipe.train.qat  # that one has its source's temperature
+    has_temperature = job.recipe.task == "classify" and not job.recipe.train.qat  # that one has its source's
     try:
-        if not _is_over(history, phases, job.recipe) or (is_calibrated and job.spec.temperature == 1.0):
-            sources = _sources(job, model, history[-1].epoch if history else 0)
+        if not _is_over(history, phases, job.recipe) or (has_temperature and job.spec.temperature == 1):
+            sources = sources_of(job, model, history[-1].epoch if history else 0)
             _run_phases(run, job, model, list(zip(phases, sources, strict=True)), history, tensors)
-            if is_calibrated:
+            if has_temperature:
                 _calibrate(run, job, model, sources[[phase.name for phase in phases].index(history[-1].phase)])
     except KeyboardInterrupt:
         done = f"{len(history)} of {total} epochs are kept"
@@ -557,18 +352,18 @@ def _train(
     return Finetuned(run.path, best_epoch(history), tuple(history), stopped_early=len(history) < total)
 
 
-def _calibrate(run: RunFolder, job: _Job, model: torch.nn.Module, source: _Source) -> None:
+def _calibrate(run: RunFolder, job: Job, model: torch.nn.Module, source: Source) -> None:
     """Writes into the Spec the temperature at which the scores of the kept weights are as often right as they say."""
     model.load_state_dict(load_file(run.weights))
     model.eval()
     logits = []
     for batch in source.val():
         with torch.inference_mode():
-            logits.append(source.module(*_tensors(job, batch)).float().cpu().numpy())
-    order = [index for batch in _val_order(job) for index in batch]
-    gathered = _gathered(job.fabric, (order, np.concatenate(logits)))
-    labels = np.array([job.dataset.val[index].label for indices, _ in gathered for index in indices])
-    temperature = classify.best_temperature(np.concatenate([part for _, part in gathered]), labels)
+            logits.append(source.module(*on_device(job, batch)).float().cpu().numpy())
+    order = [index for batch in val_order(job) for index in batch]
+    shares = gathered(job.fabric, (order, np.concatenate(logits)))
+    labels = np.array([job.dataset.val[index].label for indices, _ in shares for index in indices])
+    temperature = classify.best_temperature(np.concatenate([part for _, part in shares]), labels)
     if job.fabric.is_global_zero:
         write_json(run.spec, replace(job.spec, temperature=temperature).to_dict())
     job.fabric.barrier()
@@ -576,24 +371,27 @@ def _calibrate(run: RunFolder, job: _Job, model: torch.nn.Module, source: _Sourc
 
 def _run_phases(
     run: RunFolder,
-    job: _Job,
+    job: Job,
     model: torch.nn.Module,
-    phases: Sequence[tuple[_Phase, _Source]],
+    phases: Sequence[tuple[Phase, Source]],
     history: list[Epoch],
     tensors: dict[str, torch.Tensor],
 ) -> None:
     """Appends a row an epoch to `history`, each once its state is on disk."""
+    recipe = job.recipe
     resumed, total, first = history[-1].epoch if history else 0, sum(phase.epochs for phase, _ in phases), 1
     for phase, source in phases:
         ahead = range(max(first, resumed + 1), first + phase.epochs)
         done = resumed + 1 - first  # of the phase's epochs, where it was left in its middle
-        learner = _learner(job, phase, source, model, tensors if done > 0 else {}, max(0, done)) if ahead else None
+        learner = learner_of(job, phase, source, model, tensors if done > 0 else {}, max(0, done)) if ahead else None
         for number in ahead:
-            if learner is None or _exhausted(history, phase, job.recipe):
+            if learner is None or _exhausted(history, phase, recipe):
                 break
-            place = Step(phase.name, number, total, 0, _steps(job), 0, 0)
-            history.append(_epoch(job, learner, place, number - first, history[-1].epoch if history else 0))
+            place = Step(phase.name, number, total, 0, steps_of(job), 0, 0)
+            history.append(learn_epoch(job, learner, place, number - first, history[-1].epoch if history else 0))
             _save_epoch(run, job, history, learner)
+            if recipe.train.tensorboard and job.fabric.is_global_zero:
+                log_epoch(run.path / "tensorboard", history[-1])
             job.on_epoch(history[-1])
         first += phase.epochs
 
@@ -652,250 +450,15 @@ def _processes() -> dict[str, Any]:
     return {"devices": here, "num_nodes": everywhere // here, "strategy": "ddp"}
 
 
-def _phases(recipe: Recipe, model: torch.nn.Module) -> tuple[_Phase, _Phase]:
-    train = recipe.train
-    count = round(train.unfrozen_fraction * len(_stages(recipe, model)))
-    return (
-        _Phase("head", train.head_epochs, train.head_learning_rate, 0),
-        _Phase("stages", train.epochs, train.learning_rate, count),
-    )
-
-
-def _exhausted(history: Sequence[Epoch], phase: _Phase, recipe: Recipe) -> bool:
+def _exhausted(history: Sequence[Epoch], phase: Phase, recipe: Recipe) -> bool:
     """True once `patience` epochs of the phase brought nothing better than the epochs before them."""
     if sum(row.phase == phase.name for row in history) < recipe.train.patience:
         return False
     return history[-1].epoch - best_epoch(history).epoch >= recipe.train.patience
 
 
-def _is_over(history: Sequence[Epoch], phases: Sequence[_Phase], recipe: Recipe) -> bool:
+def _is_over(history: Sequence[Epoch], phases: Sequence[Phase], recipe: Recipe) -> bool:
     last = [phase for phase in phases if phase.epochs][-1]
-    is_last = bool(history) and history[-1].phase == last.name
-    return is_last and (history[-1].epoch == sum(phase.epochs for phase in phases) or _exhausted(history, last, recipe))
-
-
-def _learner(
-    job: _Job,
-    phase: _Phase,
-    source: _Source,
-    model: torch.nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    epochs_done: int,
-) -> _Learner:
-    """Freezes what the phase leaves alone. tensors: the state to go on from, after so many of the phase's epochs."""
-    recipe = job.recipe
-    learning = _learning(recipe, phase, model)
-    model.requires_grad_(False)
-    for part in learning:
-        part.requires_grad_(True)
-    if phase.stages == len(_stages(recipe, model)):
-        model.requires_grad_(True)  # also what belongs to no stage, such as position embeddings
-    groups = parameter_groups(model, learning, recipe.train.weight_decay, recipe.train.layer_decay)
-    module = job.fabric.setup_module(source.module)
-    adamw = torch.optim.AdamW(groups, lr=phase.learning_rate, fused=True)
-    optimizer: Any = job.fabric.setup_optimizers(adamw)
-    average = None
-    if recipe.train.ema_decay:
-        live = model.state_dict() if phase.stages == len(_stages(recipe, model)) else _states(model, learning)
-        average = Average(live, recipe.train.ema_decay, epochs_done * _steps(job))
-    if epochs_done:
-        _load_optimizer(optimizer, tensors)
-        if average is not None:
-            average.load({k[len(AVERAGE) :]: v for k, v in tensors.items() if k.startswith(AVERAGE)})
-    loss = partial(TASKS[recipe.task].loss, recipe=recipe)
-    if recipe.task == "classify" and recipe.train.class_balance:
-        labels = np.array([sample.label for sample in job.dataset.train])
-        weights = class_weights(labels, len(job.spec.class_names), recipe.train.class_balance)
-        loss = partial(loss, class_weights=weights.to(job.fabric.device))
-    return _Learner(phase, source, model, learning, module, optimizer, average, loss)
-
-
-def _states(model: torch.nn.Module, parts: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """The parts' tensors under their names in the whole network."""
-    return {
-        f"{name}.{key}": value
-        for name, module in model.named_modules()
-        if module in parts
-        for key, value in module.state_dict().items()
-    }
-
-
-def _learning(recipe: Recipe, phase: _Phase, model: torch.nn.Module) -> list[torch.nn.Module]:
-    stages = _stages(recipe, model)
-    return [*stages[len(stages) - phase.stages :], TASKS[recipe.task].head(model)]
-
-
-def _stages(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for _, module in backbones.stages(TASKS[recipe.task].trunk(model))]
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            if value.shape == parameter.shape:  # the fused step goes through memory: both must lie there alike
-                values[key] = torch.empty_like(parameter).copy_(value)
-
-
-def _steps(job: _Job) -> int:
-    """Of an epoch."""
-    return max(1, len(_train_order(job, 0)))
-
-
-def _epoch(job: _Job, learner: _Learner, place: Step, done: int, kept: int) -> Epoch:
-    """One pass over the training images, then one over the validation images.
-
-    done: how many of the phase's epochs are before it; kept: the number of the last epoch, 0 where there is none.
-    """
-    recipe, phase, start = job.recipe, learner.phase, time.perf_counter()
-    learner.source.prepare(place.epoch)
-    torch.manual_seed(_epoch_seed(recipe, place.epoch))
-    rng = np.random.default_rng((_epoch_seed(recipe, place.epoch), job.fabric.global_rank))
-    learner.model.eval()  # frozen BatchNorms keep the statistics that their weights were trained with
-    for part in learner.learning:
-        part.train()
-    if recipe.train.qat:
-        fake_quantization.training_mode(learner.model)
-    began, seen, loss_sum, rate = time.perf_counter(), 0, 0.0, 0.0
-    for step, batch in enumerate(learner.source.train(place.epoch), start=1):
-        fraction = recipe.train.warmup_fraction
-        rate = learning_rate(phase.learning_rate, done * place.steps + step, phase.epochs * place.steps, fraction)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        loss_sum += _learn(job, learner, batch, rng) * len(batch.sizes)
-        seen += len(batch.sizes)
-        if not math.isfinite(loss_sum):
-            rest = f"; the epochs up to {kept} are kept" if kept else ""
-            raise ConfigError(f"the loss is no longer finite in epoch {place.epoch}: lower train.learning_rate{rest}")
-        speed = seen * job.fabric.world_size / (time.perf_counter() - began)
-        job.on_step(replace(place, step=step, loss=loss_sum / seen, images_per_second=speed))
-    trained = time.perf_counter()
-    train_loss, seen = _mean(_gathered(job.fabric, (loss_sum, seen)))
-    with _averaged(learner):
-        _share_state(job.fabric, learner.model)
-        val_loss, val_metric = _validate(job, learner)
-    return Epoch(
-        epoch=place.epoch,
-        phase=phase.name,
-        learning_rate=rate,
-        train_loss=train_loss,
-        val_loss=val_loss,
-        metric=TASKS[recipe.task].METRIC,
-        val_metric=val_metric,
-        seconds=time.perf_counter() - start,
-        images_per_second=seen / (trained - began),
-    )
-
-
-def _averaged(learner: _Learner) -> AbstractContextManager[None]:
-    """Within it the network has the averages of its weights, where they are kept."""
-    return learner.average.in_place() if learner.average is not None else nullcontext()
-
-
-def _learn(job: _Job, learner: _Learner, batch: _Inputs, rng: np.random.Generator) -> float:
-    """One step → the loss. Where memory is short, the batch is computed in smaller and smaller parts."""
-    tensors = _tensors(job, batch)
-    others, share = np.arange(len(batch.sizes)), 1.0
-    if job.recipe.task == "classify" and job.recipe.train.mixup:
-        tensors, others, share = mixed(tensors, job.recipe.train.mixup, rng)
-    while True:
-        learner.optimizer.zero_grad()
-        try:
-            loss = _backward(job, learner, tensors, batch.labels, others, share)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if job.fabric.world_size > 1:  # the others are in the middle of adding up gradients
-                raise SetupError(f"not enough memory for {len(batch.sizes)} images: lower train.batch_size") from None
-            if len(batch.sizes) < 4 * learner.parts:
-                raise SetupError(
-                    "not enough memory even for two images at a time: make the images (model.input_size) smaller, or "
-                    "let less of the network learn (train.unfrozen_fraction)"
-                ) from None
-            learner.parts *= 2
-            job.on_note(f"not enough memory: batches are computed in {learner.parts} parts from here on")
-            continue
-        learner.optimizer.step()
-        if learner.average is not None:
-            learner.average.update()
-        return loss
-
-
-def _backward(
-    job: _Job, learner: _Learner, tensors: Sequence[torch.Tensor], labels: Any, others: np.ndarray, share: float
-) -> float:
-    """The gradients of a batch → its loss. share: of each row its own label's; the rest is its partner's in others."""
-    total, count = 0.0, len(others)
-    parts = min(learner.parts, max(1, count // 2))  # BatchNorm cannot learn from a single image
-    ends = [count * part // parts for part in range(parts + 1)]
-    for rows in map(slice, ends, ends[1:]):
-        with FastGradients():
-            outputs = learner.module(*(each[rows] for each in tensors))
-        loss = learner.loss(outputs, labels[rows])
-        if share < 1:
-            loss = share * loss + (1 - share) * learner.loss(outputs, labels[others][rows])
-        loss = loss * (len(others[rows]) / count)
-        job.fabric.backward(loss)
-        total += float(loss.detach())
-    return total
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch raises its own error for a GPU and a plain RuntimeError for the host, with other words on Windows."""
-    words = ("can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
-
-
-def _tensors(job: _Job, batch: _Inputs) -> tuple[torch.Tensor, ...]:
-    found = (torch.from_numpy(array).to(job.fabric.device) for array in batch.arrays)
-    return tuple(each.contiguous(memory_format=torch.channels_last) if each.dim() == 4 else each for each in found)
-
-
-def _validate(job: _Job, learner: _Learner) -> tuple[float, float]:
-    """→ the mean loss and the task's metric, 0..1, on whole, unaugmented images.
-
-    The network is without Fabric around it, so in float32, as it will be exported, whatever it is trained in; where it
-    is fake-quantized, the figures are the quantized network's, and so is the choice of the best epoch.
-    """
-    task = TASKS[job.recipe.task]
-    learner.model.eval()
-    loss_sum = 0.0
-    found: list[runner.Results] = []
-    for batch in learner.source.val():
-        with torch.inference_mode():
-            outputs = learner.source.module(*_tensors(job, batch))
-            loss_sum += float(learner.loss(outputs, batch.labels)) * len(batch.sizes)
-        found += answers(named(outputs, job.recipe.task), job.spec, batch.sizes)
-    order = [index for batch in _val_order(job) for index in batch]
-    gathered = _gathered(job.fabric, (loss_sum, list(zip(order, found, strict=True))))
-    pairs = sorted((pair for _, part in gathered for pair in part), key=lambda pair: pair[0])
-    samples = job.dataset.val
-    return sum(loss for loss, _ in gathered) / len(samples), task.metric([answer for _, answer in pairs], samples)
-
-
-def _share_state(fabric: Fabric, model: torch.nn.Module) -> None:
-    """Gives all processes the first one's tensors: BatchNorm has counted in each what that one saw."""
-    if fabric.world_size > 1:
-        for tensor in model.state_dict().values():
-            torch.distributed.broadcast(tensor, 0)
-
-
-def _gathered(fabric: Fabric, value: Any) -> list[Any]:
-    """What each process has, in their order."""
-    if fabric.world_size == 1:
-        return [value]
-    values = [None] * fabric.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _mean(parts: Sequence[tuple[float, int]]) -> tuple[float, int]:
-    """Sums and counts → the mean and the count."""
-    count = sum(count for _, count in parts)
-    return sum(total for total, _ in parts) / count, count
+    if not history or history[-1].phase != last.name:
+        return False
+    return history[-1].epoch == sum(phase.epochs for phase in phases) or _exhausted(history, last, recipe)

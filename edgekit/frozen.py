@@ -5,7 +5,7 @@ one tensor that leaves it or several (the maps of a feature pyramid). Both halve
 what is trained in the second half is trained in the network.
 
 On a CPU the frozen half is computed by ONNX Runtime, an image at a time in as many threads as there are cores: about
-three times as many images a second as torch does, and proved equal to torch on real images before it is used.
+five times as many images a second as torch does, and proved equal to torch on real images before it is used.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from edgekit.bundle import Bundled, bundle
 from edgekit.datasets import read_dataset
 from edgekit.evaluate import Evaluation, evaluate
 from edgekit.export import Exported, export
-from edgekit.finetune import Epoch, Finetuned, Step, finetune
+from edgekit.finetune import Finetuned, finetune
+from edgekit.jobs import Epoch, Step
 from edgekit.quantize import quantize
 from edgekit.recipe import Recipe
 from edgekit.targets import Target
@@ -43,7 +44,7 @@ def pipeline(recipe: Recipe, target: Target, runs: Path, dist: Path, watch: Watc
     data = recipe.data
     dataset = read_dataset(Path(data.path), recipe.task, val_fraction=data.val_fraction, split_seed=data.split_seed)
     watch.on_stage("finetune")
-    trained = finetune(recipe, dataset, runs, on_step=watch.on_step, on_epoch=watch.on_epoch)
+    trained = finetune(recipe, dataset, runs, on_step=watch.on_step, on_epoch=watch.on_epoch, on_image=watch.on_image)
     watch.on_stage("export")
     exported = export(trained.run, target.form)
     watch.on_stage("verify")

@@ -23,7 +23,7 @@ from rich.progress import (
 from edgekit.terminal import is_first_process
 
 if TYPE_CHECKING:
-    from edgekit.finetune import Epoch, Step
+    from edgekit.jobs import Epoch, Step
     from edgekit.tuning import Standing
 
 console = Console(stderr=True, highlight=False, quiet=not is_first_process())
@@ -86,6 +86,10 @@ class Display:
             markup=False,
             soft_wrap=True,
         )
+
+    def note(self, text: str) -> None:
+        """What the user should know; it stays."""
+        self._progress.console.print(f"  {text}")
 
     def _show(self, name: str, done: int, total: int | None, note: str) -> None:
         same_work = self._task is not None and (name == self._name or name.startswith("epoch"))

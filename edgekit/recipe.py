@@ -134,6 +134,7 @@ class Train(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it, else float32."
     )
+    tensorboard: bool = Field(False, description="Log each epoch for TensorBoard too, in the run's tensorboard/.")
     qat: bool = Field(
         False,
         description="Train a finished run's network (model.weights) with int8's rounding, in float32: "
@@ -196,6 +197,34 @@ _SUITED: dict[Task, dict[str, dict[str, Any]]] = {
     },
     "segment": {"augment": {"scale": (0.6, 1.1)}, "train": {**_DENSE_TRAIN, "epochs": 20, "batch_size": 16}},
 }
+
+
+# For who would rather say how long than how: what differs from what suits the task.
+PRESETS: dict[Task, dict[str, dict[str, Any]]] = {
+    "classify": {
+        "fast": {"unfrozen_fraction": 0.25, "epochs": 4, "views": 2},
+        "balanced": {},
+        "best": {
+            "unfrozen_fraction": 0.5,
+            "epochs": 15,
+            "views": 8,
+            "mixup": 0.2,
+            "ema_decay": 0.98,
+            "layer_decay": 0.9,
+            "patience": 15,
+        },
+    },
+    "detect": {"fast": {"epochs": 10}, "balanced": {}, "best": {"epochs": 60, "ema_decay": 0.98, "patience": 30}},
+    "segment": {"fast": {"epochs": 5}, "balanced": {}, "best": {"epochs": 40, "ema_decay": 0.98, "patience": 20}},
+}
+
+
+def with_preset(recipe: Recipe, preset: str) -> Recipe:
+    """The recipe with what the preset changes. Raises ConfigError for an unknown one."""
+    known = PRESETS[recipe.task]
+    if preset not in known:
+        raise ConfigError(f"no preset is called {preset!r} (there are: {', '.join(known)})")
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=known[preset])})
 
 
 def suggest(data_path: str, class_names: Sequence[str], task: Task = "classify") -> Recipe:

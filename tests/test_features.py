@@ -2,7 +2,6 @@
 
 import re
 import resource
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from test_finetune import small
 from test_frozen import learning, network
 
-from edgekit import backbones, feature_cache, frozen, runner
+from edgekit import backbones, feature_cache, frozen, runner, sources
 from edgekit.batches import load_image, load_view
 from edgekit.datasets import Dataset, read_dataset
 from edgekit.features import PLAIN, Features, open_features
@@ -313,7 +312,7 @@ def test_fewer_views_than_asked_for_are_said(
     assert notes == []
     found = sum(file.stat().st_size for file in feature_cache.features_folder().glob("*/*.rows"))
     feature_cache.make_room(MANY, 0)
-    monkeypatch.setattr(sys.modules["edgekit.finetune"], "CACHE_BYTES", 2 * found)
+    monkeypatch.setattr(sources, "CACHE_BYTES", 2 * found)
     finetune(small(digits, "b", epochs=0), dataset, tmp_path, on_note=notes.append)
     (note,) = notes
     assert re.fullmatch(r"there is room for the features of [123] views of each image, not 4", note)

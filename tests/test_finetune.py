@@ -20,7 +20,7 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
-from edgekit import runner, tasks
+from edgekit import learner, runner, tasks
 from edgekit.artifacts import RunFolder, write_json
 from edgekit.batches import batches
 from edgekit.datasets import read_dataset, read_split
@@ -28,7 +28,8 @@ from edgekit.demo import digits_recipe
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
 from edgekit.export import export
 from edgekit.fake_quantization import fake_quantize, plain_state
-from edgekit.finetune import Epoch, Step, best_epoch, finetune, finetune_qat, resume
+from edgekit.finetune import best_epoch, finetune, finetune_qat, resume
+from edgekit.jobs import Epoch, Step
 from edgekit.recipe import Recipe, qat_recipe
 from edgekit.tasks.classify import best_temperature
 
@@ -338,6 +339,47 @@ def test_the_best_epoch_is_the_first_of_the_best() -> None:
     assert best_epoch([row(1, 0.9, 0.4), row(2, 0.9, 0.3)]).epoch == 2
 
 
+def test_tensorboard_reads_what_was_logged(digits: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = finetune(small(digits, "logged", epochs=1, tensorboard=True), read_dataset(digits), tmp_path)
+    events = EventAccumulator(str(done.run / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss/train",
+        "loss/val",
+        "val/top-1",
+        "learning_rate",
+        "images_per_second",
+    }
+    assert [(each.step, each.value) for each in events.Scalars("val/top-1")] == [
+        (row.epoch, pytest.approx(row.val_metric)) for row in done.history
+    ]
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_a_time_is_planned_by_what_a_few_steps_take(digits: Path, tmp_path: Path, views: int) -> None:
+    recipe, dataset = small(digits, "timed", head_epochs=0, epochs=2, views=views), read_dataset(digits)
+    notes: list[str] = []
+    start = time.perf_counter()
+    done = finetune(recipe, dataset, tmp_path, budget_s=8.0, on_note=notes.append)
+    taken_s = time.perf_counter() - start
+    planned = RunFolder(done.run).read_recipe().train
+    assert 1 <= planned.epochs <= 100 and planned.patience == max(recipe.train.patience, planned.epochs // 3)
+    assert f"{planned.epochs} of them are planned" in notes[0]
+    assert done.stopped_early or len(done.history) == planned.epochs
+    assert taken_s < 60, "a budget of 8 seconds"
+    tiny = finetune(small(digits, "tiny", views=views), dataset, tmp_path, budget_s=0.001, on_note=notes.append)
+    assert RunFolder(tiny.run).read_recipe().train.epochs == 1
+    assert "longer than the time given" in notes[-1]
+
+
+def test_a_plan_leaves_no_trace_in_the_weights(digits: Path, tmp_path: Path) -> None:
+    dataset = read_dataset(digits)
+    timed = finetune(small(digits, "timed", epochs=1), dataset, tmp_path, budget_s=0.001)
+    assert_same_run(timed.run, finetune(small(digits, "plain", epochs=1), dataset, tmp_path).run)
+
+
 # What resuming must repeat -----------------------------------------------------------------------------------------
 
 EVERYTHING = {
@@ -567,7 +609,6 @@ def test_where_memory_is_too_short_it_is_said(digits: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(("count", "parts"), [(8, 2), (7, 2), (9, 4), (5, 4), (2, 8)])
 def test_the_gradients_of_parts_are_those_of_the_whole(count: int, parts: int) -> None:
     """Parts never have a single image."""
-    stage = sys.modules["edgekit.finetune"]
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
     model.append(torch.nn.Linear(4 * 16, 5)).eval()
@@ -580,9 +621,9 @@ def test_the_gradients_of_parts_are_those_of_the_whole(count: int, parts: int) -
     found = []
     for number in (1, parts):
         model.zero_grad()
-        learner = SimpleNamespace(module=model, loss=loss, parts=number)
+        under_way = SimpleNamespace(module=model, loss=loss, parts=number)
         others = np.roll(np.arange(count), 1)
-        total = stage._backward(job, learner, (images,), labels, others, 0.7)  # type: ignore[attr-defined]
+        total = learner._backward(job, under_way, (images,), labels, others, 0.7)  # type: ignore[arg-type]
         found.append((total, [parameter.grad.clone() for parameter in model.parameters()]))  # type: ignore[union-attr]
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from edgekit.recipe import (
     Data,
     Model,
     Recipe,
+    Task,
     Train,
     make_recipe,
     qat_recipe,
@@ -17,6 +18,7 @@ from edgekit.recipe import (
     recipe_sha256,
     suggest,
     to_toml,
+    with_preset,
 )
 
 
@@ -125,3 +127,16 @@ def test_the_recipe_that_continues_a_run_quantization_aware(tmp_path: Path) -> N
             precision="float32",
         ),
     )
+
+
+@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
+def test_presets_are_whole_recipes(task: Task) -> None:
+    base = suggest("x", (), task)
+    assert with_preset(base, "balanced") == base
+    fast, best = with_preset(base, "fast"), with_preset(base, "best")
+    assert fast.train.epochs < base.train.epochs < best.train.epochs
+    assert fast.train.learning_rate == base.train.learning_rate and best.data == base.data
+    for recipe in (fast, best):  # what a preset changes is valid
+        assert make_recipe(recipe.model_dump(mode="json")) == recipe
+    with pytest.raises(ConfigError, match=r"no preset is called 'quick' \(there are: fast, balanced, best\)"):
+        with_preset(base, "quick")

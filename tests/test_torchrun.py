@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from test_finetune import EVERYTHING, small
 
 from edgekit.artifacts import RunFolder, write_text
 from edgekit.batches import batches
-from edgekit.datasets import read_dataset, read_split
+from edgekit.datasets import read_split
 from edgekit.evaluate import evaluate
 from edgekit.recipe import to_toml
 
@@ -40,7 +39,10 @@ class Place:
         return path
 
     def edgekit(self, processes: int, *words: object) -> subprocess.CompletedProcess[str]:
-        """`edgekit` with these words, in so many processes."""
+        return self.python(processes, "-m", "edgekit", *words)
+
+    def python(self, processes: int, *words: object) -> subprocess.CompletedProcess[str]:
+        """`python` with these words, in so many processes."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -52,7 +54,7 @@ class Place:
             "GLOO_SOCKET_IFNAME": "lo",
             "EDGEKIT_CACHE": str(self.folder / "cache"),
         }
-        command = [sys.executable, *start, "-m", "edgekit", *map(str, words)]
+        command = [sys.executable, *start, *map(str, words)]
         return subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment, cwd=self.folder, timeout=600
         )
@@ -125,21 +127,46 @@ def test_each_validation_image_is_counted_once(
     assert figures["images"] == len(validation) and len(list(batches(validation, RunFolder(run).read_spec(), 1))) > 50
 
 
-def interrupted(place: Place, name: str, processes: int) -> Path:
-    """A run of which only the first two epochs were trained, as if it had been stopped there."""
+STOPPING = """
+import sys
+from pathlib import Path
+from edgekit.datasets import read_dataset
+from edgekit.finetune import finetune
+from edgekit.recipe import read_recipe
+
+def stop(epoch):
+    if epoch.epoch == 2:
+        raise KeyboardInterrupt
+
+recipe = read_recipe(Path(sys.argv[1]))
+finetune(recipe, read_dataset(Path(recipe.data.path)), Path(sys.argv[2]), on_epoch=stop)
+"""
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(place: Place, alone: Path, first: int, second: int) -> None:
+    name = f"from-{first}"
     script = place.folder / "stopping.py"
-    write_text(
-        script,
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from edgekit.datasets import read_dataset\n"
-        "from edgekit.errors import Interrupted\n"
-        "from edgekit.finetune import finetune\n"
-        "from edgekit.recipe import read_recipe\n"
-        "def stop(epoch):\n"
-        "    if epoch.epoch == 2:\n"
-        "        raise KeyboardInterrupt\n"
-        "recipe = read_recipe(Path(sys.argv[1]))\n"
-        "finetune(recipe, read_dataset(Path(recipe.data.path)), Path(sys.argv[2]), on_epoch=stop)\n",
-    )
-    return script
+    write_text(script, STOPPING)
+    answer = place.python(first, script, place.recipe(name), place.folder / "stopped")
+    assert answer.returncode != 0 and "Interrupted: interrupted: 2 of 3 epochs are kept" in answer.stderr
+    run = place.folder / "stopped" / name
+    before = history(run)
+    assert [row["epoch"] for row in before] == [1, 2]
+    resumed, _ = place.trained(second, "--resume", run)
+    assert resumed == run
+    after, whole = history(run), history(place.folder / alone)
+    assert after[:2] == before and [row["epoch"] for row in after] == [1, 2, 3]
+    assert after[2]["train_loss"] == pytest.approx(whole[2]["train_loss"], rel=0.05)
+    assert after[2]["val_metric"] == pytest.approx(whole[2]["val_metric"], abs=0.15)
+
+
+def test_too_few_images_for_the_processes_are_said(place: Place, tmp_path: Path) -> None:
+    """Not trained on nothing."""
+    few = tmp_path / "few"
+    for label in ("0", "1"):
+        (few / label).mkdir(parents=True)
+        for image in sorted((place.digits / label).iterdir())[:2]:
+            shutil.copyfile(image, few / label / image.name)
+    answer = place.edgekit(2, "finetune", few, "--backbone", "lcnet_050", "--no-pretrained", "--image-size", "64")
+    assert answer.returncode != 0 and "edgekit: too few training images" in answer.stderr

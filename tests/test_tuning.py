@@ -20,7 +20,8 @@ from test_finetune import small
 from edgekit import tuning
 from edgekit.datasets import Dataset, read_dataset
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
-from edgekit.finetune import Epoch, Finetuned, Step, best_epoch, finetune, resume
+from edgekit.finetune import Finetuned, best_epoch, finetune, resume
+from edgekit.jobs import Epoch, Step
 from edgekit.recipe import Recipe, read_recipe, suggest, to_toml
 from edgekit.tuning import Standing, Train, Tuned, tune
 from edgekit.tuning_pictures import tuning_picture
