@@ -18,7 +18,7 @@ import typer
 
 from edgekit import __version__, cli_latency
 from edgekit.errors import ArtifactError, DataError, EdgekitError, UsageError
-from edgekit.terminal import AsJson, print_json, print_table
+from edgekit.terminal import AsJson, is_first_process, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -256,6 +256,8 @@ def finetune(
 
             show.busy(f"preparing {chosen.model.backbone}")
             done = stage(chosen, dataset, runs, opencv=versions, budget_s=budget_s, **_told(show))
+    if not is_first_process():
+        return
     if as_json:
         print_json({"run": done.run, "best": vars(done.best), "epochs": len(done.history)})
         return

@@ -68,6 +68,11 @@ class Shelf:
         """Bytes of all its rows on disk."""
         return _size(self.folder)
 
+    @property
+    def count(self) -> int:
+        """How many rows it has."""
+        return len(self._places)
+
     def has(self, sha256: str, view: int) -> bool:
         """Whether the row was written; only `get` tells whether it is whole."""
         return (bytes.fromhex(sha256), view) in self._places
@@ -77,7 +82,10 @@ class Shelf:
         place = self._places.get((bytes.fromhex(sha256), view))
         if place is None:
             return None
-        data = self._read(place)
+        try:
+            data = self._read(place)
+        except OSError:  # another process made room, or what was not written yet finds none
+            return None
         if len(data) != self.row_bytes or zlib.crc32(data) != place.crc:
             return None
         arrays, start = [], 0
@@ -98,6 +106,13 @@ class Shelf:
             row = self._writer.append(data, _ENTRY.pack(key, view, crc))
             self._places[key, view] = _Place(self._writer.path, row, crc)
 
+    def clear(self) -> None:
+        """Drops all rows. Raises OSError."""
+        for file in self.folder.iterdir():
+            file.unlink(missing_ok=True)
+        self._places.clear()
+        self._maps.clear()
+
     def flush(self) -> None:
         """Gives all that was written to the system, so that other processes find it. Raises OSError."""
         with self._lock:
@@ -106,7 +121,7 @@ class Shelf:
 
     def refresh(self) -> None:
         """Looks what is there, also what other processes have written since. Raises OSError."""
-        for index in sorted(self.folder.glob("*.index")):
+        for index in sorted(self.folder.glob("*.index"), key=_used):  # the newest last: it mends what was damaged
             entries = index.read_bytes()
             whole = len(entries) // _ENTRY.size * _ENTRY.size
             for row, (sha256, view, crc) in enumerate(_ENTRY.iter_unpack(entries[:whole])):
@@ -186,24 +201,28 @@ def _map(path: Path) -> mmap.mmap | bytes:
 
 
 def make_room(wanted_bytes: int, limit_bytes: int, keep: Sequence[str] = (), folder: Path | None = None) -> int:
-    """Removes the shelves that were not used for longest until there is room for `wanted_bytes` more.
+    """Removes the shelves that were not used for longest until those to keep may have `wanted_bytes` in all.
 
-    limit_bytes: of all shelves together; of what the disk has free at most FREE_SHARE is used. keep: the keys of
-    shelves that stay in any case. → the bytes that may be written now. Raises OSError where the folder cannot be made.
+    limit_bytes: of all shelves together; of the disk's free room at most FREE_SHARE is used. keep: the keys of shelves
+    that stay in any case. → the bytes that these may have, with what they have already, so that it is the same before
+    and after they were filled. Raises OSError where the folder cannot be made.
     """
     root = folder or features_folder()
     root.mkdir(parents=True, exist_ok=True)
-    sizes = {path: _size(path) for path in sorted(root.iterdir(), key=_used) if path.is_dir()}
-    for path in [path for path in sizes if path.name not in keep]:
-        if _room(root, sizes, limit_bytes) >= wanted_bytes:
+    paths = [path for path in sorted(root.iterdir(), key=_used) if path.is_dir()]
+    own = sum(_size(path) for path in paths if path.name in keep)
+    others = {path: _size(path) for path in paths if path.name not in keep}
+    for path in others:
+        if _room(root, own, others, limit_bytes) >= wanted_bytes:
             break
         shutil.rmtree(path, ignore_errors=True)  # where another process reads it and the system forbids it, it stays
-        sizes[path] = _size(path) if path.exists() else 0
-    return _room(root, sizes, limit_bytes)
+        others[path] = _size(path) if path.exists() else 0
+    return _room(root, own, others, limit_bytes)
 
 
-def _room(root: Path, sizes: Mapping[Path, int], limit_bytes: int) -> int:
-    return max(0, min(limit_bytes - sum(sizes.values()), int(FREE_SHARE * shutil.disk_usage(root).free)))
+def _room(root: Path, own_bytes: int, others: Mapping[Path, int], limit_bytes: int) -> int:
+    free = int(FREE_SHARE * (shutil.disk_usage(root).free + own_bytes))
+    return max(0, min(limit_bytes - sum(others.values()), free))
 
 
 def _used(path: Path) -> float:

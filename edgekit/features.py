@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import cv2
 import numpy as np
@@ -48,7 +49,7 @@ class Features:
     seed: int
     train: tuple[Shelf, ...]  # one for each of the trunk's parts
     plain: tuple[Shelf, ...]
-    is_full: bool = field(default=False)  # the disk was: what is computed from now on is not kept
+    is_full: bool = field(default=False)  # a row could not be written: what is computed from now on is not kept
 
     def fill(self, samples: Sequence[Sample], view: int, part: int, on_image: Callable[[int, int], None]) -> None:
         """Computes what is missing of a view for the trunk's parts up to `part` (from 0), in all threads.
@@ -69,7 +70,7 @@ class Features:
     def refresh(self) -> None:
         """Looks what other processes of the run have computed."""
         for shelf in (*self.train, *self.plain):
-            shelf.refresh()
+            self._keep(shelf.refresh)
 
     def batches(
         self, samples: Sequence[Sample], view: int, part: int, order: Sequence[Sequence[int]]
@@ -94,10 +95,12 @@ class Features:
         else:
             image = load_view(sample, self.spec, self.augment, self.seed, view)
         parts = self.frozen.run(runner.normalize(image[None], self.spec), part + 1)
-        for shelf, arrays in zip(self._shelves(view), parts, strict=False):
-            limit = np.finfo(shelf.dtype).max
-            self._keep(partial(shelf.put, sample.sha256, view, [array.clip(-limit, limit) for array in arrays]))
-        return parts
+        shelves = self._shelves(view)[: part + 1]
+        # Rounded as a shelf keeps them also where it cannot, so that training does not depend on what was kept.
+        rounded = tuple(_rounded(arrays, shelf.dtype) for shelf, arrays in zip(shelves, parts, strict=True))
+        for shelf, arrays in zip(shelves, rounded, strict=True):
+            self._keep(partial(shelf.put, sample.sha256, view, arrays))
+        return rounded
 
     def _keep(self, write: Callable[[], object]) -> None:
         try:
@@ -110,6 +113,11 @@ class Features:
         return self.plain if view == PLAIN else self.train
 
 
+def _rounded(arrays: Sequence[np.ndarray], dtype: np.dtype[np.floating[Any]]) -> tuple[np.ndarray, ...]:
+    limit = np.finfo(dtype).max
+    return tuple(array.clip(-limit, limit).astype(dtype) for array in arrays)
+
+
 AHEAD = 64  # images in the threads' hands
 
 
@@ -118,35 +126,46 @@ def open_features(
     spec: runner.Spec,
     augment: Augment,
     seed: int,
-    counts: tuple[int, int, int],
+    train: Sequence[Sample],
+    val: Sequence[Sample],
+    views: int,
     limit_bytes: int,
 ) -> tuple[Features, int] | None:
     """The features of images prepared as `spec` and `augment` say, and how many views of each there is room for.
 
-    counts: training images, validation images, views wanted. limit_bytes: of all that is kept for any run. None where
-    not even one view fits, or the cache's folder cannot be written.
+    views: so many are wanted. limit_bytes: of all that is kept for any run. None where not even one view fits, or the
+    cache's folder cannot be written.
     """
-    train_count, val_count, views = counts
     height, width = spec.input_size
     shapes = [
         [array.shape for array in part]
         for part in frozen.run(np.zeros((1, 3, height, width), np.float32), frozen.part_count)
     ]
     pixels = {key: value for key, value in spec.to_dict().items() if key in _PIXELS}
-    plain_keys = [_key(frozen.key, part, pixels) for part in range(len(shapes))]
-    train_keys = [_key(frozen.key, part, pixels, augment.model_dump(), seed) for part in range(len(shapes))]
+    plain_keys = [_key(key, pixels) for key in frozen.keys]
+    train_keys = [_key(key, pixels, augment.model_dump(), seed) for key in frozen.keys]
     half, single = np.dtype(np.float16), np.dtype(np.float32)
-    view_bytes = train_count * sum(feature_cache.row_bytes(part, half) for part in shapes)
-    plain_bytes = val_count * sum(feature_cache.row_bytes(part, single) for part in shapes)
+    view_bytes = len(train) * sum(feature_cache.row_bytes(part, half) for part in shapes)
+    plain_bytes = len(val) * sum(feature_cache.row_bytes(part, single) for part in shapes)
     try:
         room = feature_cache.make_room(views * view_bytes + plain_bytes, limit_bytes, plain_keys + train_keys)
-        plain = [feature_cache.open_shelf(*each, single) for each in zip(plain_keys, shapes, strict=True)]
-        train = [feature_cache.open_shelf(*each, half) for each in zip(train_keys, shapes, strict=True)]
+        plain = tuple(feature_cache.open_shelf(*each, single) for each in zip(plain_keys, shapes, strict=True))
+        kept = tuple(feature_cache.open_shelf(*each, half) for each in zip(train_keys, shapes, strict=True))
+        fitting = min(views, (room - plain_bytes) // view_bytes)
+        others = sum(_other_bytes(shelf, train, range(fitting)) for shelf in kept)
+        others += sum(_other_bytes(shelf, val, [PLAIN]) for shelf in plain)
+        if others and room - others < fitting * view_bytes + plain_bytes:
+            for shelf in (*plain, *kept):
+                shelf.clear()
     except OSError:
         return None
-    room += sum(shelf.size_bytes for shelf in (*plain, *train))
-    fitting = min(views, (room - plain_bytes) // view_bytes)
-    return (Features(frozen, spec, augment, seed, tuple(train), tuple(plain)), fitting) if fitting >= 1 else None
+    return (Features(frozen, spec, augment, seed, kept, plain), fitting) if fitting >= 1 else None
+
+
+def _other_bytes(shelf: Shelf, samples: Sequence[Sample], views: Sequence[int]) -> int:
+    """Bytes of the rows that belong to other images, or other views of them."""
+    keys = {(sample.sha256, view) for sample in samples for view in views}
+    return shelf.row_bytes * (shelf.count - sum(shelf.has(*key) for key in keys))
 
 
 _PIXELS = ("input_size", "resize", "interpolation", "color_order", "mean_255", "std_255")  # what of a Spec moves pixels

@@ -339,13 +339,13 @@ def _train(
     total = sum(phase.epochs for phase in phases)
     if not total:
         raise DataError("nothing to train: head_epochs and epochs are both 0 in the recipe")
-    epochs_done = len(history)
+    has_temperature = job.recipe.task == "classify" and not job.recipe.train.qat  # that one has its source's
     try:
-        sources = sources_of(job, model, epochs_done)
-        _run_phases(run, job, model, list(zip(phases, sources, strict=True)), history, tensors)
-        is_calibrated = job.recipe.train.qat or (epochs_done == len(history) and job.spec.temperature != 1)
-        if job.recipe.task == "classify" and not is_calibrated:  # a quantization-aware run has its source's
-            _calibrate(run, job, model, sources[[phase.name for phase in phases].index(history[-1].phase)])
+        if not _is_over(history, phases, job.recipe) or (has_temperature and job.spec.temperature == 1):
+            sources = sources_of(job, model, history[-1].epoch if history else 0)
+            _run_phases(run, job, model, list(zip(phases, sources, strict=True)), history, tensors)
+            if has_temperature:
+                _calibrate(run, job, model, sources[[phase.name for phase in phases].index(history[-1].phase)])
     except KeyboardInterrupt:
         done = f"{len(history)} of {total} epochs are kept"
         raise Interrupted(f"interrupted: {done}; continue with `edgekit finetune --resume {run.path}`") from None
@@ -388,7 +388,7 @@ def _run_phases(
             if learner is None or _exhausted(history, phase, recipe):
                 break
             place = Step(phase.name, number, total, 0, steps_of(job), 0, 0)
-            history.append(learn_epoch(job, learner, place, number - first))
+            history.append(learn_epoch(job, learner, place, number - first, history[-1].epoch if history else 0))
             _save_epoch(run, job, history, learner)
             if recipe.train.tensorboard and job.fabric.is_global_zero:
                 log_epoch(run.path / "tensorboard", history[-1])
@@ -455,3 +455,10 @@ def _exhausted(history: Sequence[Epoch], phase: Phase, recipe: Recipe) -> bool:
     if sum(row.phase == phase.name for row in history) < recipe.train.patience:
         return False
     return history[-1].epoch - best_epoch(history).epoch >= recipe.train.patience
+
+
+def _is_over(history: Sequence[Epoch], phases: Sequence[Phase], recipe: Recipe) -> bool:
+    last = [phase for phase in phases if phase.epochs][-1]
+    if not history or history[-1].phase != last.name:
+        return False
+    return history[-1].epoch == sum(phase.epochs for phase in phases) or _exhausted(history, last, recipe)

@@ -232,9 +232,14 @@ class Frozen:
     """The trunk, ready to be computed; `run` may be called from several threads."""
 
     run: Run
-    key: str  # hex; of the weights and of how they are computed: the same key gives the same numbers
+    keys: tuple[str, ...]  # of each part: its and its predecessors' weights, and how they are computed. Same key, same
+    # numbers: also those of a part that other parts follow
     engine: str  # "ONNX Runtime" or "torch"
-    part_count: int
+
+    @property
+    def part_count(self) -> int:
+        """How many parts the trunk has."""
+        return len(self.keys)
 
 
 def engine(trunk: Trunk, images: np.ndarray, device: torch.device) -> Frozen:
@@ -243,22 +248,25 @@ def engine(trunk: Trunk, images: np.ndarray, device: torch.device) -> Frozen:
     images: float32 (N, 3, h, w), preprocessed.
     """
     chain = _Chain(trunk.parts).eval()
-    key = _weights_key(chain)
-    by_torch = Frozen(_torch_run(chain, device), f"{key}-torch-{device.type}", "torch", len(trunk.parts))
+    keys = _weights_keys(trunk.parts)
+    by_torch = Frozen(_torch_run(chain, device), tuple(f"{key}-torch-{device.type}" for key in keys), "torch")
     if device.type != "cpu":
         return by_torch
     found = _onnx_run(chain, trunk.counts, images.shape[2:])
     if found is None or not _agree(found, by_torch.run, images, len(trunk.parts)):
         return by_torch
-    return Frozen(found, f"{key}-ort-{ort.__version__}", "ONNX Runtime", len(trunk.parts))
+    return Frozen(found, tuple(f"{key}-ort-{ort.__version__}" for key in keys), "ONNX Runtime")
 
 
-def _weights_key(chain: _Chain) -> str:
-    digest = hashlib.sha256(str(chain).encode())
-    for name, value in chain.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _weights_keys(parts: Sequence[nn.Module]) -> list[str]:
+    digest, keys = hashlib.sha256(), []
+    for part in parts:
+        digest.update(str(part).encode())
+        for name, value in part.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        keys.append(digest.hexdigest())
+    return keys
 
 
 def _torch_run(chain: _Chain, device: torch.device) -> Run:
@@ -280,13 +288,19 @@ def _onnx_run(chain: _Chain, counts: Sequence[int], size: tuple[int, ...]) -> Ru
     names = [[f"part{part}_{index}" for index in range(count)] for part, count in enumerate(counts)]
     try:
         model = _to_onnx(chain, size, [name for part in names for name in part])
-        sessions = [_session(model, [name for part in names[:count] for name in part]) for count in _counts(names)]
-    except (ConfigError, RuntimeError, ValueError):  # ONNX Runtime's own errors derive from these
+        model.graph.value_info.extend(model.graph.output)  # where the parts are cut from each other
+        taken = [[INPUT_NAME], *names]
+        sessions = [_session(model, *ends) for ends in zip(taken, names, strict=False)]
+    except (ConfigError, RuntimeError, ValueError, KeyError):  # ONNX Runtime's own errors derive from RuntimeError
         return None
 
     def run(blob: np.ndarray, count: int) -> Parts:
-        given = iter(sessions[count - 1].run(None, {INPUT_NAME: blob}))
-        return tuple(tuple(next(given)[0] for _ in part) for part in names[:count])
+        # Part by part, so that a part's numbers do not depend on which other parts are asked for.
+        values, given = [blob], []
+        for session, inputs in zip(sessions[:count], taken, strict=False):
+            values = session.run(None, dict(zip(inputs, values, strict=True)))
+            given.append(tuple(value[0] for value in values))
+        return tuple(given)
 
     return run
 
@@ -311,13 +325,9 @@ def _to_onnx(chain: _Chain, size: tuple[int, ...], names: list[str]) -> onnx.Mod
         return from_torch(chain, size, names)
 
 
-def _counts(parts: Sequence[object]) -> range:
-    return range(1, len(parts) + 1)
-
-
-def _session(model: onnx.ModelProto, outputs: list[str]) -> ort.InferenceSession:
-    """Computes these outputs and nothing that they do not need. (ONNX Runtime itself computes whole graphs.)"""
-    needed = onnx.utils.Extractor(model).extract_model([INPUT_NAME], outputs)
+def _session(model: onnx.ModelProto, inputs: list[str], outputs: list[str]) -> ort.InferenceSession:
+    """Computes these outputs from these inputs. (ONNX Runtime itself computes whole graphs.)"""
+    needed = onnx.utils.Extractor(model).extract_model(inputs, outputs)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1  # images are computed beside each other
     options.log_severity_level = 4

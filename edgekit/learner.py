@@ -110,8 +110,11 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torc
                 values[key] = torch.empty_like(parameter).copy_(value)
 
 
-def learn_epoch(job: Job, learner: Learner, place: Step, done: int) -> Epoch:
-    """One pass over the training images, then one over the validation images. done: the phase's epochs before it."""
+def learn_epoch(job: Job, learner: Learner, place: Step, done: int, kept: int) -> Epoch:
+    """One pass over the training images, then one over the validation images.
+
+    done: how many of the phase's epochs are before it; kept: the number of the last epoch, 0 where there is none.
+    """
     recipe, phase, start = job.recipe, learner.phase, time.perf_counter()
     learner.source.prepare(place.epoch)
     torch.manual_seed(epoch_seed(recipe, place.epoch))
@@ -130,13 +133,14 @@ def learn_epoch(job: Job, learner: Learner, place: Step, done: int) -> Epoch:
         loss_sum += learn_step(job, learner, batch, rng) * len(batch.sizes)
         seen += len(batch.sizes)
         if not math.isfinite(loss_sum):
-            kept = f"; epoch {place.epoch - 1} and those before it are kept" if place.epoch > 1 else ""
-            raise ConfigError(f"the loss is no longer finite in epoch {place.epoch}: lower train.learning_rate{kept}")
+            rest = f"; the epochs up to {kept} are kept" if kept else ""
+            raise ConfigError(f"the loss is no longer finite in epoch {place.epoch}: lower train.learning_rate{rest}")
         speed = seen * job.fabric.world_size / (time.perf_counter() - began)
         job.on_step(replace(place, step=step, loss=loss_sum / seen, images_per_second=speed))
     trained = time.perf_counter()
     train_loss, seen = _mean(gathered(job.fabric, (loss_sum, seen)))
     with averaged(learner):
+        _share_state(job, learner.model)
         val_loss, val_metric = _validate(job, learner)
     return Epoch(
         epoch=place.epoch,
@@ -169,6 +173,8 @@ def learn_step(job: Job, learner: Learner, batch: Inputs, rng: np.random.Generat
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
+            if job.fabric.world_size > 1:  # the others are in the middle of adding up gradients
+                raise SetupError(f"not enough memory for {len(batch.sizes)} images: lower train.batch_size") from None
             if len(batch.sizes) < 4 * learner.parts:
                 raise SetupError(
                     "not enough memory even for two images at a time: make the images (model.input_size) smaller, or "
@@ -188,9 +194,9 @@ def _backward(
 ) -> float:
     """The gradients of a batch → its loss. share: of each row its own label's; the rest is its partner's in others."""
     total, count = 0.0, len(others)
-    size = -(-count // learner.parts)
-    for start in range(0, count, size):
-        rows = slice(start, start + size)
+    parts = min(learner.parts, max(1, count // 2))  # BatchNorm cannot learn from a single image
+    ends = [count * part // parts for part in range(parts + 1)]
+    for rows in map(slice, ends, ends[1:]):
         with FastGradients():
             outputs = learner.module(*(each[rows] for each in tensors))
         loss = learner.loss(outputs, labels[rows])
@@ -203,8 +209,9 @@ def _backward(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """torch raises its own error for a GPU and a plain RuntimeError for the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    """torch raises its own error for a GPU and a plain RuntimeError for the host, with other words on Windows."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def _validate(job: Job, learner: Learner) -> tuple[float, float]:
@@ -227,6 +234,13 @@ def _validate(job: Job, learner: Learner) -> tuple[float, float]:
     pairs = sorted((pair for _, part in shares for pair in part), key=lambda pair: pair[0])
     samples = job.dataset.val
     return sum(loss for loss, _ in shares) / len(samples), task.metric([answer for _, answer in pairs], samples)
+
+
+def _share_state(job: Job, model: torch.nn.Module) -> None:
+    """Gives all processes the first one's tensors: BatchNorm has counted in each what that one saw."""
+    if job.fabric.world_size > 1:
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
 
 
 def _mean(parts: Sequence[tuple[float, int]]) -> tuple[float, int]:

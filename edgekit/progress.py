@@ -20,11 +20,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from edgekit.terminal import is_first_process
+
 if TYPE_CHECKING:
     from edgekit.jobs import Epoch, Step
     from edgekit.tuning import Standing
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, quiet=not is_first_process())
 
 
 class Display:

@@ -12,7 +12,7 @@ import torch
 from edgekit import frozen, runner
 from edgekit.batches import batches, load_image
 from edgekit.features import PLAIN, Features, open_features
-from edgekit.jobs import Job, epoch_seed, learning_parts, phases_of, stages_of, train_order, val_order
+from edgekit.jobs import Job, epoch_seed, gathered, learning_parts, phases_of, stages_of, train_order, val_order
 from edgekit.samples import Sample
 
 CACHE_BYTES = 8 << 30  # of the features that are kept for all runs
@@ -40,7 +40,8 @@ class Source:
 def sources_of(job: Job, model: torch.nn.Module, epochs_done: int) -> list[Source]:
     """What each phase learns from: features where layers are frozen and there is room to keep them, else the images.
 
-    epochs_done: of the run. What a phase that is over learnt from is not prepared again.
+    epochs_done: the last epoch's number. What a phase that is over learnt from is not prepared again, but for the last
+    one's: the kept weights are calibrated on that.
     """
     model.to(job.fabric.device).to(memory_format=torch.channels_last).requires_grad_(False)
     phases = phases_of(job.recipe, model)
@@ -49,7 +50,9 @@ def sources_of(job: Job, model: torch.nn.Module, epochs_done: int) -> list[Sourc
     ahead = [
         index
         for index, phase in enumerate(phases)
-        if phase.epochs and ends[index] > epochs_done and phase.stages < len(stages_of(job.recipe, model))
+        if phase.epochs
+        and (ends[index] > epochs_done or ends[index] == ends[-1])
+        and phase.stages < len(stages_of(job.recipe, model))
     ]
     if job.recipe.task != "classify" or not job.recipe.train.views or not ahead:
         return sources
@@ -62,18 +65,32 @@ def sources_of(job: Job, model: torch.nn.Module, epochs_done: int) -> list[Sourc
     )
     if not trunk.parts:
         return sources
-    counts = len(job.dataset.train), len(job.dataset.val), job.recipe.train.views
-    computed = frozen.engine(trunk, images, job.fabric.device)
-    opened = open_features(computed, job.spec, job.recipe.augment, job.recipe.train.seed, counts, CACHE_BYTES)
-    if opened is None:
-        job.on_note("no room for the frozen layers' features: they are computed again in each epoch")
-        return sources
+    features, views = _open_features(job, frozen.engine(trunk, images, job.fabric.device))
     part = len(trunk.parts)
     for index, half in zip(ahead, halves, strict=True):
-        if half is not None:
+        if half is not None and features is not None:
             part -= 1  # the first phase's is the trunk's last: least learns there
-            sources[index] = _feature_source(job, *opened, half.learning, part)
+            sources[index] = _feature_source(job, features, views, half.learning, part)
     return sources
+
+
+def _open_features(job: Job, computed: frozen.Frozen) -> tuple[Features | None, int]:
+    """→ where features are kept and how many views of an image, the same number in all processes."""
+    train, dataset = job.recipe.train, job.dataset
+    opened = None
+    for rank in range(job.fabric.world_size):  # in turn, as each may make room
+        if rank == job.fabric.global_rank:
+            opened = open_features(
+                computed, job.spec, job.recipe.augment, train.seed, dataset.train, dataset.val, train.views, CACHE_BYTES
+            )
+        job.fabric.barrier()
+    views = min(gathered(job.fabric, 0 if opened is None else opened[1]))
+    if opened is None or not views:
+        job.on_note("no room for the frozen layers' features: they are computed again in each epoch")
+        return None, 0
+    if views < train.views:
+        job.on_note(f"there is room for the features of {views} views of each image, not {train.views}")
+    return opened[0], views
 
 
 def _image_source(job: Job, model: torch.nn.Module) -> Source:
@@ -93,18 +110,21 @@ def _image_source(job: Job, model: torch.nn.Module) -> Source:
 def _feature_source(job: Job, features: Features, views: int, learning: torch.nn.Module, part: int) -> Source:
     """part: which of the trunk's parts gives what `learning` takes."""
     rank, processes = job.fabric.global_rank, job.fabric.world_size
+    told = False
 
     def fill(samples: Sequence[Sample], view: int) -> None:
         name = "features" if view == PLAIN else f"features, view {view + 1}"
         features.fill(samples[rank::processes], view, part, lambda done, total: job.on_image(name, done, total))
 
     def prepare(epoch: int) -> None:
-        was_full = features.is_full
+        nonlocal told
         fill(job.dataset.val, PLAIN)
         fill(job.dataset.train, epoch % views)
-        job.fabric.barrier()
-        features.refresh()
-        if features.is_full and not was_full:
+        if processes > 1:
+            job.fabric.barrier()
+            features.refresh()
+        if features.is_full and not told:
+            told = True
             job.on_note("the disk is full: the frozen layers' features are computed again where they were not kept")
 
     def stream(samples: Sequence[Sample], view: int, order: list[list[int]]) -> Iterator[Inputs]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def is_first_process() -> bool:
+    """Whether this one of the processes that torchrun started is to speak; a process alone is."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_table(table: object) -> None:

@@ -151,8 +151,10 @@ def test_room_is_made_by_what_was_not_used_for_longest(tmp_path: Path) -> None:
     assert make_room(0, 3 * each, (), tmp_path) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"new", "middle", "old"}
     assert make_room(each, 3 * each, ("old",), tmp_path) == each
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "middle", "old"}
+    assert make_room(2 * each, 3 * each, ("old",), tmp_path) == 2 * each
     assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
-    assert make_room(10 * each, 3 * each, ("old",), tmp_path) == 2 * each
+    assert make_room(10 * each, 3 * each, ("old",), tmp_path) == 3 * each
     assert {path.name for path in tmp_path.iterdir()} == {"old"}
 
 

@@ -1,28 +1,37 @@
 import csv
+import json
 import logging
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 
-from edgekit import runner, tasks
-from edgekit.artifacts import RunFolder
+from edgekit import learner, runner, tasks
+from edgekit.artifacts import RunFolder, write_json
 from edgekit.batches import batches
 from edgekit.datasets import read_dataset, read_split
 from edgekit.demo import digits_recipe
-from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted
+from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
 from edgekit.export import export
 from edgekit.fake_quantization import fake_quantize, plain_state
 from edgekit.finetune import best_epoch, finetune, finetune_qat, resume
 from edgekit.jobs import Epoch, Step
 from edgekit.recipe import Recipe, qat_recipe
+from edgekit.tasks.classify import best_temperature
 
 
 def small(digits: Path, name: str, **train: object) -> Recipe:
@@ -290,8 +299,6 @@ def test_resuming_what_cannot_be_resumed(digits: Path, tmp_path: Path) -> None:
 
 
 def test_resuming_without_the_images(tmp_path: Path, digits: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(digits, copy)
     done = finetune(small(copy, "moved", head_epochs=1, epochs=0), read_dataset(copy), tmp_path / "runs")
@@ -371,3 +378,267 @@ def test_a_plan_leaves_no_trace_in_the_weights(digits: Path, tmp_path: Path) -> 
     dataset = read_dataset(digits)
     timed = finetune(small(digits, "timed", epochs=1), dataset, tmp_path, budget_s=0.001)
     assert_same_run(timed.run, finetune(small(digits, "plain", epochs=1), dataset, tmp_path).run)
+
+
+# What resuming must repeat -----------------------------------------------------------------------------------------
+
+EVERYTHING = {
+    "head_epochs": 2,
+    "epochs": 3,
+    "views": 2,
+    "mixup": 0.3,
+    "class_balance": 0.5,
+    "layer_decay": 0.7,
+    "ema_decay": 0.9,
+}
+
+
+@pytest.fixture
+def cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Of features; → what empties it again."""
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    return lambda: shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+def figures(history: Sequence[Epoch]) -> list[tuple[object, ...]]:
+    """All but how long it took."""
+    return [(r.epoch, r.phase, r.learning_rate, r.train_loss, r.val_loss, r.val_metric) for r in history]
+
+
+@pytest.mark.parametrize(
+    ("change", "stop_at"),
+    [
+        ({}, (4, 3)),  # in the second phase's second epoch
+        ({}, (2, 5)),  # while only the head learns
+        ({"views": 0}, (4, 1)),
+        ({"unfrozen_fraction": 1.0, "head_epochs": 1, "epochs": 2}, (3, 2)),
+        ({"ema_decay": 0.0, "head_epochs": 0}, (3, 1)),
+    ],
+    ids=["stages", "head", "streamed", "all learns", "no average"],
+)
+@pytest.mark.parametrize("cache", ["warm", "cold"])
+def test_all_that_is_random_and_all_that_is_kept_survives_an_interruption(
+    digits: Path,
+    tmp_path: Path,
+    cold_cache: Callable[[], None],
+    change: dict[str, object],
+    stop_at: tuple[int, int],
+    cache: str,
+) -> None:
+    dataset, settings = read_dataset(digits), {**EVERYTHING, **change}
+    whole = finetune(small(digits, "whole", **settings), dataset, tmp_path)
+
+    def stop(step: Step) -> None:
+        if (step.epoch, step.step) == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        finetune(small(digits, "broken", **settings), dataset, tmp_path, on_step=stop)
+    if cache == "cold":
+        cold_cache()
+    resumed = resume(tmp_path / "broken")
+    assert figures(resumed.history) == figures(whole.history)
+    assert_same_run(whole.run, resumed.run)
+    assert (whole.run / "spec.json").read_bytes() == (resumed.run / "spec.json").read_bytes()
+
+
+def test_a_run_that_was_killed_before_its_temperature_was_known_gets_it(
+    digits: Path, tmp_path: Path, cold_cache: Callable[[], None]
+) -> None:
+    """And a finished one is left as it is, whatever became of its images' features."""
+    done = finetune(small(digits, "a", **EVERYTHING), read_dataset(digits), tmp_path)
+    run, spec = RunFolder(done.run), (done.run / "spec.json").read_bytes()
+    write_json(run.spec, replace(run.read_spec(), temperature=1.0).to_dict())
+    before = contents(done.run)
+    cold_cache()
+    notes: list[str] = []
+    again = resume(done.run, on_image=lambda name, count, total: notes.append(name))
+    assert figures(again.history) == figures(done.history)
+    assert contents(done.run) == {**before, "spec.json": spec}
+    notes.clear()
+    cold_cache()
+    resume(done.run, on_image=lambda name, count, total: notes.append(name))
+    assert notes == [] and contents(done.run) == {**before, "spec.json": spec}
+
+
+def test_a_warm_cache_gives_the_same_run_as_a_cold_one(
+    digits: Path, tmp_path: Path, cold_cache: Callable[[], None]
+) -> None:
+    """Also where the warm one's rows come from a run with other phases."""
+    dataset = read_dataset(digits)
+    computed: list[str] = []
+    runs = {}
+    for name in ("cold", "warm"):
+        computed.clear()
+        recipe = small(digits, name, **EVERYTHING)
+        runs[name] = finetune(recipe, dataset, tmp_path, on_image=lambda name, count, total: computed.append(name))
+        assert bool(computed) == (name == "cold")
+    stages_only = {**EVERYTHING, "head_epochs": 0}
+    runs["warm from another"] = finetune(small(digits, "other", **stages_only), dataset, tmp_path)
+    cold_cache()
+    runs["cold stages"] = finetune(small(digits, "again", **stages_only), dataset, tmp_path)
+    for one, other in (("cold", "warm"), ("warm from another", "cold stages")):
+        assert figures(runs[one].history) == figures(runs[other].history)
+        assert_same_run(runs[one].run, runs[other].run)
+
+
+@pytest.mark.usefixtures("cold_cache")
+def test_images_that_are_streamed_are_learnt_too(digits: Path, tmp_path: Path) -> None:
+    streamed, kept = (
+        finetune(small(digits, f"v{views}", views=views, epochs=5), read_dataset(digits), tmp_path) for views in (0, 2)
+    )
+    for done in (streamed, kept):
+        assert done.best.val_metric > 0.25 and done.history[-1].train_loss < done.history[0].train_loss
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.95])
+@pytest.mark.usefixtures("cold_cache")
+def test_the_spec_has_the_temperature_of_the_kept_weights(digits: Path, tmp_path: Path, ema_decay: float) -> None:
+    done = finetune(small(digits, "t", ema_decay=ema_decay), read_dataset(digits), tmp_path)
+    run = RunFolder(done.run)
+    spec = run.read_spec()
+    assert spec.temperature != 1.0
+    (batch,) = batches(read_split(run.split).val, spec, 1000)
+    logits = tasks.forward(tasks.load(run), runner.normalize(batch.images, spec), "classify")["logits"]
+    assert spec.temperature == pytest.approx(best_temperature(logits, batch.labels), rel=1e-3)
+    top1 = float((logits.argmax(axis=1) == batch.labels).mean())
+    assert done.best.val_metric == pytest.approx(top1, abs=1e-9), "the kept weights are those of the best figure"
+
+
+# What goes wrong --------------------------------------------------------------------------------------------------
+
+
+def file_limit(size_bytes: int) -> None:
+    """No file may grow beyond this, as on a full disk; -1: as large as it likes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("size_bytes", [100, 200_000], ids=["at once", "in the middle of a file"])
+@pytest.mark.usefixtures("cold_cache")
+def test_a_full_disk_at_an_epochs_end_leaves_a_run_that_resumes(digits: Path, tmp_path: Path, size_bytes: int) -> None:
+    dataset = read_dataset(digits)
+    whole = finetune(small(digits, "whole", **EVERYTHING), dataset, tmp_path)
+    last = -(-len(dataset.train) // 32)
+
+    def fill_disk(step: Step) -> None:
+        if (step.epoch, step.step) == (4, last):
+            file_limit(size_bytes)
+
+    try:
+        with pytest.raises(ArtifactError, match=r"cannot write .*(model|last)\.safetensors: File too large"):
+            finetune(small(digits, "full", **EVERYTHING), dataset, tmp_path, on_step=fill_disk)
+    finally:
+        file_limit(-1)
+    assert not [path for path in (tmp_path / "full").rglob("*") if ".part" in path.name]
+    epochs: list[Epoch] = []
+    resumed = resume(tmp_path / "full", on_epoch=epochs.append)
+    assert [epoch.epoch for epoch in epochs] == [4, 5]
+    assert figures(resumed.history) == figures(whole.history)
+    assert_same_run(whole.run, resumed.run)
+
+
+@pytest.mark.usefixtures("cold_cache")
+def test_runs_that_cannot_be_written_are_said_before_training(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    steps: list[Step] = []
+    with pytest.raises(ArtifactError, match=r"cannot write .*file/runs/x: Not a directory"):
+        finetune(small(digits, "x"), read_dataset(digits), tmp_path / "file" / "runs", on_step=steps.append)
+    assert steps == []
+
+
+@pytest.mark.usefixtures("cold_cache")
+def test_a_loss_that_explodes_says_what_is_kept(digits: Path, tmp_path: Path) -> None:
+    """The head's phase ends early here, so the epoch before the fourth is not the third."""
+    settings = {"head_epochs": 3, "epochs": 3, "head_learning_rate": 1e-12, "learning_rate": 1e30, "patience": 1}
+    recipe = small(digits, "nan", warmup_fraction=0.0, **settings)
+    with pytest.raises(ConfigError, match=r"in epoch 4: lower train.learning_rate; the epochs up to 2 are kept"):
+        finetune(recipe, read_dataset(digits), tmp_path)
+    assert [epoch["epoch"] for epoch in csv.DictReader((tmp_path / "nan/history.csv").open())] == ["1", "2"]
+
+
+class Greedy:
+    """Asks for more memory than there is when it is to learn from more than `limit` rows: torch's own error."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def __call__(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if module.training and len(inputs[0]) > self.limit:
+            torch.empty(1 << 46)
+
+
+def greedy(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Makes the heads of networks greedy."""
+    stage = sys.modules["edgekit.finetune"]
+    start = stage._start  # type: ignore[attr-defined]
+
+    def hungry(recipe: Recipe, class_names: tuple[str, ...]) -> torch.nn.Module:
+        model: torch.nn.Module = start(recipe, class_names)
+        tasks.TASKS[recipe.task].head(model).register_forward_pre_hook(Greedy(limit))
+        return model
+
+    monkeypatch.setattr(stage, "_start", hungry)
+
+
+@pytest.mark.usefixtures("cold_cache")
+def test_where_memory_is_short_batches_are_computed_in_parts(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head has no BatchNorm, so the weights are those of the whole."""
+    dataset = read_dataset(digits)
+    settings = {"epochs": 0, "head_epochs": 2, "mixup": 0.3, "class_balance": 0.5, "precision": "float32"}
+    whole = finetune(small(digits, "whole", **settings), dataset, tmp_path)
+    greedy(monkeypatch, 10)
+    notes: list[str] = []
+    parts = finetune(small(digits, "parts", **settings), dataset, tmp_path, on_note=notes.append)
+    told = [f"not enough memory: batches are computed in {count} parts from here on" for count in (2, 4)]
+    assert notes == told
+    one, other = load_file(whole.run / "model.safetensors"), load_file(parts.run / "model.safetensors")
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4)
+    assert parts.history[-1].train_loss == pytest.approx(whole.history[-1].train_loss, rel=1e-4)
+
+
+@pytest.mark.usefixtures("cold_cache")
+def test_where_memory_is_too_short_it_is_said(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy(monkeypatch, 1)
+    with pytest.raises(SetupError, match="not enough memory even for two images at a time: make the images"):
+        finetune(small(digits, "none"), read_dataset(digits), tmp_path)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(8, 2), (7, 2), (9, 4), (5, 4), (2, 8)])
+def test_the_gradients_of_parts_are_those_of_the_whole(count: int, parts: int) -> None:
+    """Parts never have a single image."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    model.append(torch.nn.Linear(4 * 16, 5)).eval()
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    job = SimpleNamespace(fabric=fabric)
+    images, labels = torch.randn(count, 3, 6, 6), np.arange(count) % 5
+    loss = partial(tasks.TASKS["classify"].loss, recipe=digits_recipe(Path("x"), "x"))
+    found = []
+    for number in (1, parts):
+        model.zero_grad()
+        under_way = SimpleNamespace(module=model, loss=loss, parts=number)
+        others = np.roll(np.arange(count), 1)
+        total = learner._backward(job, under_way, (images,), labels, others, 0.7)  # type: ignore[arg-type]
+        found.append((total, [parameter.grad.clone() for parameter in model.parameters()]))  # type: ignore[union-attr]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+    assert sizes[0] == count and sum(sizes[1:]) == count and min(sizes) >= 2
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(digits: Path, tmp_path: Path) -> None:
+    """benchmarks/kill_resume.py: the weights of a run that was killed again and again are those of one that was not."""
+    script = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
+    words = [digits, "--backbone", "mobilenetv3_small_050", "--no-pretrained", "--image-size", "64"]
+    options = ["--runs", "1", "--kills", "3", "--work", tmp_path, "--json"]
+    answer = subprocess.run(
+        [sys.executable, str(script), *map(str, words + options)], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    rows = json.loads(answer.stdout)
+    assert len(rows) == 3 and rows[-1]["identical"] is True, rows

@@ -126,7 +126,7 @@ ALLOWED = {
     "threads": LAYER_0 | {"device", "worker"},
     "launch": LAYER_0 | {"artifacts", "plugin"},
     "parity": RECORDS,
-    "progress": LAYER_0 | {"jobs", "tuning"},  # their records' types only
+    "progress": LAYER_0 | {"jobs", "terminal", "tuning"},  # of jobs and tuning their records' types only
     "overlays": RECORDS,
     "pictures": RECORDS | {"overlays"},
     "quantization_pictures": RECORDS | {"pictures"},
@@ -153,6 +153,7 @@ ALLOWED = {
     "tasks.segment": RECORDS | NOUNS | {"tasks.pyramid"},
     "tasks.pyramid": RECORDS | NOUNS,
     "pipeline": STAGES | NOUNS | LAYER_0,
+    "__main__": {"cli"},
     "cli": STAGES | NOUNS | LAYER_0 | {"", "pipeline", "cli_latency", "lowering", "int8"},
     "lowering": LAYER_0 | {"lowering"},
     "int8": LAYER_0 | {"int8"},
