@@ -553,7 +553,8 @@ def test_a_loss_that_explodes_says_what_is_kept(digits: Path, tmp_path: Path) ->
     recipe = small(digits, "nan", warmup_fraction=0.0, **settings)
     with pytest.raises(ConfigError, match=r"in epoch 4: lower train.learning_rate; the epochs up to 2 are kept"):
         finetune(recipe, read_dataset(digits), tmp_path)
-    assert [epoch["epoch"] for epoch in csv.DictReader((tmp_path / "nan/history.csv").open())] == ["1", "2"]
+    lines = (tmp_path / "nan" / "history.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2"]
 
 
 class Greedy:
