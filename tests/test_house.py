@@ -107,7 +107,7 @@ ALLOWED = {
     "sources": RECORDS | {"batches", "features", "frozen", "jobs"},
     "learner": RECORDS | TASKS | {"fake_quantization", "gradients", "jobs", "sources", "training"},
     "time_budget": RECORDS | {"jobs", "learner", "sources"},
-    "tensorboard": LAYER_0,
+    "tensorboard": LAYER_0 | {"jobs"},  # its record's type only
     "training": set(),
     "arm64": LAYER_0 | {"artifacts", "environments"},
     "device": LAYER_0 | {"launch", "receiver"},
