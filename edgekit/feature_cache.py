@@ -28,7 +28,6 @@ import numpy as np
 
 from edgekit.environments import cache_folder
 
-GIB = 1 << 30
 WRITE_BYTES = 1 << 22  # of rows that are written at once
 FREE_SHARE = 0.5  # of the disk's free room that the cache may take
 _ENTRY = struct.Struct("<32siI")  # the image's SHA-256, the view, the row's CRC-32

@@ -4,41 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from edgekit.errors import SetupError
 
-
-class Row(Protocol):
-    """What is logged of an epoch: finetune's record."""
-
-    @property
-    def epoch(self) -> int:
-        """From 1."""
-
-    @property
-    def learning_rate(self) -> float:
-        """The epoch's last."""
-
-    @property
-    def train_loss(self) -> float:
-        """Mean over the training images."""
-
-    @property
-    def val_loss(self) -> float:
-        """Mean over the validation images."""
-
-    @property
-    def metric(self) -> str:
-        """The name of the task's."""
-
-    @property
-    def val_metric(self) -> float:
-        """0..1."""
-
-    @property
-    def images_per_second(self) -> float:
-        """Of training alone."""
+if TYPE_CHECKING:
+    from edgekit.jobs import Epoch
 
 
 def require_tensorboard() -> None:
@@ -47,7 +18,7 @@ def require_tensorboard() -> None:
         raise SetupError("train.tensorboard needs the package tensorboard: pip install 'edgekit[tensorboard]'")
 
 
-def log_epoch(folder: Path, row: Row) -> None:
+def log_epoch(folder: Path, row: Epoch) -> None:
     """Writes a file of its own into the folder; TensorBoard reads all of them as one run. Raises SetupError."""
     require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter

@@ -107,7 +107,7 @@ ALLOWED = {
     "sources": RECORDS | {"batches", "features", "frozen", "jobs"},
     "learner": RECORDS | TASKS | {"fake_quantization", "gradients", "jobs", "sources", "training"},
     "time_budget": RECORDS | {"jobs", "learner", "sources"},
-    "tensorboard": LAYER_0,
+    "tensorboard": LAYER_0 | {"jobs"},  # its record's type only
     "training": set(),
     "arm64": LAYER_0 | {"artifacts", "environments"},
     "device": LAYER_0 | {"launch", "receiver"},
@@ -137,6 +137,7 @@ ALLOWED = {
     "preflight": LAYER_0 | {"backbones", "environments", "lowering", "parity"},
     "terminal": set(),
     "cli_latency": STAGES | NOUNS | LAYER_0,
+    "cli_training": STAGES | NOUNS | LAYER_0,
     "report": RECORDS
     | {"arm64", "artifacts", "backbones", "datasets", "history", "latency", "latency_files", "overlays", "parity"}
     | {"pictures", "quantization_pictures", "threads", "timing", "workload"},
@@ -154,7 +155,7 @@ ALLOWED = {
     "tasks.pyramid": RECORDS | NOUNS,
     "pipeline": STAGES | NOUNS | LAYER_0,
     "__main__": {"cli"},
-    "cli": STAGES | NOUNS | LAYER_0 | {"", "pipeline", "cli_latency", "lowering", "int8"},
+    "cli": STAGES | NOUNS | LAYER_0 | {"", "pipeline", "cli_latency", "cli_training", "lowering", "int8"},
     "lowering": LAYER_0 | {"lowering"},
     "int8": LAYER_0 | {"int8"},
     **dict.fromkeys(STAGES, RECORDS | NOUNS | TASKS | {"", "lowering", "int8"}),
