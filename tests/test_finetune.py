@@ -474,7 +474,10 @@ def test_a_warm_cache_gives_the_same_run_as_a_cold_one(
         runs[name] = finetune(recipe, dataset, tmp_path, on_image=lambda name, count, total: computed.append(name))
         assert bool(computed) == (name == "cold")
     stages_only = {**EVERYTHING, "head_epochs": 0}
-    runs["warm from another"] = finetune(small(digits, "other", **stages_only), dataset, tmp_path)
+    runs["warm from another"] = finetune(
+        small(digits, "other", **stages_only), dataset, tmp_path, on_image=lambda *told: computed.append(str(told))
+    )
+    assert computed == [], "the later phase's features do not depend on what the earlier one computes behind them"
     cold_cache()
     runs["cold stages"] = finetune(small(digits, "again", **stages_only), dataset, tmp_path)
     for one, other in (("cold", "warm"), ("warm from another", "cold stages")):
