@@ -181,6 +181,8 @@ def test_epochs_proof_precision_and_latency(run: RunFolder, facts: Mapping[str, 
 def test_every_section_is_there_and_every_image_is_seen(run: RunFolder, facts: Mapping[str, Any]) -> None:
     metrics = read_json(run.metrics)
     sections = ["precision" if name == "confusion" and metrics["task"] == "detect" else name for name in SECTIONS]
+    if metrics["task"] == "classify":
+        sections.insert(sections.index("mistakes"), "scores")
     assert list(facts["text"]) == ["header", *sections]
     assert facts["links"] == [[f"#{name}", True] for name in sections[1:]]
     assert "Make it with" not in "".join(facts["text"].values())
@@ -197,6 +199,7 @@ def test_every_section_is_there_and_every_image_is_seen(run: RunFolder, facts: M
     in_section = [image["section"] for image in images]
     searched = 1 if read_json(run.quantization)["curve"] else 0
     counts = {"curves": 1, sections[4]: 1, "mistakes": len(metrics["mistakes"]), "quantization": 1 + searched}
+    counts |= {"scores": 1} if "scores" in sections else {}
     assert {name: in_section.count(name) for name in counts} == counts and len(images) == sum(counts.values())
     drawn = sum(image["drawn"] for image in images)
     html = run.report.read_text(encoding="utf-8")

@@ -420,7 +420,7 @@ def test_from_the_command_line(digits: Path, tmp_path: Path) -> None:
     name = "digits-mobilenetv3_small_050"
     answers = [json.loads(output.stdout) for output in outputs]
     assert answers[0] == answers[1] and set(answers[0]) == {"run", "best", "epochs"}
-    assert answers[0]["run"] == f"runs/{name}" and answers[0]["epochs"] == 2
+    assert answers[0]["run"] == f"runs/{name}" and answers[0]["epochs"] == 1
     lines = outputs[0].stderr.splitlines()
     assert [line.split()[:2] for line in lines if line.startswith("trial")] == [["trial", "0"], ["trial", "1"]]
     assert "the recipe as it is" in outputs[0].stderr and "learning_rate" in outputs[0].stderr
