@@ -1,4 +1,4 @@
-"""How long does fine-tuning take to reach an accuracy? edgekit, fastai and a plain torch loop, on the CPU.
+"""How long does fine-tuning take to reach an accuracy? edgekit, and what people would pick instead.
 
     D=../shared/data/signs/Dataset
     uv run python benchmarks/finetune_speed.py edgekit $D --seed 0 --out edgekit-0.json
@@ -6,8 +6,9 @@
     uv run --with fastai python benchmarks/finetune_speed.py fastai $D --seed 0 --out fastai-0.json
     uv run python benchmarks/finetune_speed.py report *.json --target 0.97
     uv run python benchmarks/finetune_speed.py edgekit ../shared/data/magnetic-tiles --jpg-only --out tiles.json
+    uv run python benchmarks/finetune_speed.py timm $D --device cuda --batch-size 128 --repeat 8 --all --out timm.json
 
-All three train the same network (EfficientNet-Lite0, ImageNet's weights) on the same images, and measure all the
+All train the same network (EfficientNet-Lite0, ImageNet's weights) on the same images, and measure all the
 validation images after each epoch. fastai lives with edgekit's own torch and timm: 2.8.12 with torch 2.15, timm 1.0.31.
 
 edgekit   `finetune` with its defaults.
@@ -16,10 +17,17 @@ fastai    `vision_learner(...).fine_tune(...)` with its defaults: its head, Resi
           photo as its EXIF data say, and its validation images are cut to a square where edgekit's are stretched.
 plain     Every parameter learns, in train mode, float32 and channels_last, with edgekit's own images, augmentation and
           decay: AdamW, batches of 32, label smoothing, the rate up and down once.
+timm      As plain, in float32 or bfloat16, but with timm's loader (a process a CPU, a stream of its own that copies to
+          the GPU and normalizes there), augmentation, optimizer, schedule and loss, as its train.py puts them together.
+torchvision  As plain, with the loader, the transforms and the loss of its references/classification/train.py.
 
---epochs counts what comes after the one epoch in which edgekit and fastai train the new head alone; plain has no such
-epoch and gets one more, so by default each sees the training images seven times (fastai leaves out what does not fill
-a batch). fastai and plain decode the images in each epoch.
+--device cuda compares throughput: `images_per_second` is of training alone, from an epoch's first batch asked for to
+its last step done. --all lets everything learn in edgekit too, from images, and --repeat makes an epoch of so many
+passes: 1,650 small photos are gone in half a second.
+
+--epochs is edgekit's number; fastai trains the new head alone for one epoch before, and the other loops get one epoch
+more too, so by default they see the training images seven times and edgekit six (fastai leaves out what does not fill a
+batch). All but edgekit decode the images in each epoch.
 
 The clock starts when the libraries are imported and the data set is checked, and runs through all that follows: the
 network and its weights, edgekit's preflight, training, validation, what is written. `before_s` is what came before.
@@ -31,6 +39,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -39,14 +48,19 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from timm import optim
+from timm.data import create_loader
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.scheduler import CosineLRScheduler
+from torchvision.transforms import v2 as transforms
 
 from edgekit import backbones, runner
 from edgekit.artifacts import RunFolder
@@ -56,7 +70,7 @@ from edgekit.finetune import finetune
 from edgekit.jobs import Epoch
 from edgekit.recipe import Recipe, suggest
 from edgekit.samples import Sample
-from edgekit.tasks import TASKS, classify, forward
+from edgekit.tasks import TASKS, classify
 
 PACKAGES = ("edgekit", "torch", "torchvision", "timm", "fastai", "opencv-python-headless", "pillow")
 
@@ -70,6 +84,7 @@ class Row:
     top1: float
     macro_f1: float | None
     history_s: float | None = None  # edgekit: what history.csv says of the epoch
+    images_per_second: float | None = None  # of training alone
 
 
 @dataclass
@@ -84,17 +99,19 @@ class Log:
     def start(self) -> None:
         self.before_s, self.start_s = process_age_s(), time.perf_counter()
 
-    def add(self, top1: float, macro_f1: float | None) -> None:
-        row = Row(len(self.rows) + 1, time.perf_counter() - self.start_s, top1, macro_f1)
+    def add(self, top1: float, macro_f1: float | None, images_per_second: float | None) -> None:
+        seconds = time.perf_counter() - self.start_s
+        row = Row(len(self.rows) + 1, seconds, top1, macro_f1, images_per_second=images_per_second)
         self.rows.append(row)
         f1 = "" if macro_f1 is None else f", macro F1 {macro_f1:.4f}"
-        print(f"epoch {row.epoch}: {row.seconds:.1f} s, top-1 {top1:.4f}{f1}", flush=True)
+        speed = "" if images_per_second is None else f", {images_per_second:.0f} images/s"
+        print(f"epoch {row.epoch}: {row.seconds:.1f} s, top-1 {top1:.4f}{f1}{speed}", flush=True)
 
-    def add_answers(self, class_ids: Sequence[int]) -> None:
+    def add_answers(self, class_ids: Sequence[int], images_per_second: float | None = None) -> None:
         """class_ids: the best answer for each validation image, in order."""
         answers: list[runner.Results] = [[{"class_id": int(each), "score": 1.0}] for each in class_ids]
         figures = classify.metrics(answers, self.dataset.val, self.dataset.class_names)
-        self.add(figures.top1, figures.macro_f1)
+        self.add(figures.top1, figures.macro_f1, images_per_second)
 
 
 def process_age_s() -> float:
@@ -117,7 +134,7 @@ def train_edgekit(_: argparse.Namespace, recipe: Recipe, log: Log) -> dict[str, 
         return measure(answers, samples)
 
     def on_epoch(epoch: Epoch) -> None:
-        log.add(epoch.val_metric, macro_f1s[-1] if macro_f1s else None)
+        log.add(epoch.val_metric, macro_f1s[-1] if macro_f1s else None, epoch.images_per_second)
 
     classify.metric = metric
     with tempfile.TemporaryDirectory() as folder:
@@ -129,40 +146,150 @@ def train_edgekit(_: argparse.Namespace, recipe: Recipe, log: Log) -> dict[str, 
     return {"batch_size": recipe.train.batch_size}
 
 
-def train_plain(args: argparse.Namespace, recipe: Recipe, log: Log) -> dict[str, Any]:
-    log.start()
+@dataclass
+class Loop:
+    """What the loops of plain, timm and torchvision have in common."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    step_schedule: Callable[[], None]
+
+    def learn(self, args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """images: normalized, where the network is."""
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bfloat16):
+            loss = self.loss(self.model(images.contiguous(memory_format=torch.channels_last)), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step_schedule()
+
+
+def start_loop(args: argparse.Namespace, recipe: Recipe, log: Log) -> Loop:
+    """Everything learns, by AdamW, and the rate goes up and down once."""
     torch.manual_seed(args.seed)
-    dataset, settings, epochs = log.dataset, recipe.train, recipe.train.epochs + 1
-    spec = spec_of(recipe, dataset)
-    model = TASKS["classify"].build(recipe, dataset.class_names, pretrained=True).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(optim.param_groups_weight_decay(model, settings.weight_decay), lr=args.learning_rate)
-    steps = epochs * math.ceil(len(dataset.train) / settings.batch_size)
+    settings = recipe.train
+    model = TASKS["classify"].build(recipe, log.dataset.class_names, pretrained=True)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    groups = optim.param_groups_weight_decay(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    steps = (settings.epochs + 1) * math.ceil(len(log.dataset.train) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.learning_rate, total_steps=steps, pct_start=settings.warmup_fraction, cycle_momentum=False
     )
-    for epoch in range(epochs):
-        model.train()
-        seed = args.seed * 100_003 + epoch
-        for batch in batches(dataset.train, spec, settings.batch_size, augment=recipe.augment, seed=seed):
-            if len(batch.samples) > 1:  # BatchNorm needs two
-                images = torch.from_numpy(runner.normalize(batch.images, spec))
-                with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
-                    outputs = model(images.contiguous(memory_format=torch.channels_last))
-                loss = classify.loss(outputs, batch.labels, recipe)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            schedule.step()
-        model.eval()
-        log.add_answers(
-            [
-                class_id
-                for batch in batches(dataset.val, spec, settings.batch_size)
-                for class_id in forward(model, runner.normalize(batch.images, spec), "classify")["logits"].argmax(1)
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    return Loop(model, optimizer, loss, schedule.step)
+
+
+def run_loop(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    log: Log,
+    loop: Loop,
+    epoch_batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]],
+) -> dict[str, Any]:
+    """epoch_batches: an epoch's number → its images, normalized, and labels."""
+    spec = spec_of(recipe, log.dataset)
+    for epoch in range(recipe.train.epochs + 1):
+        start, seen = time.perf_counter(), 0
+        loop.model.train()
+        for images, labels in epoch_batches(epoch):
+            if len(labels) > 1:  # BatchNorm needs two
+                loop.learn(args, *(each.to(args.device, non_blocking=True) for each in (images, labels)))
+            seen += len(labels)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        speed = seen / (time.perf_counter() - start)
+        loop.model.eval()
+        with torch.inference_mode():
+            outputs = [
+                loop.model(torch.from_numpy(runner.normalize(batch.images, spec)).to(args.device)).argmax(1).cpu()
+                for batch in batches(log.dataset.val, spec, recipe.train.batch_size)
             ]
-        )
+        log.add_answers(torch.cat(outputs).tolist(), speed)
     options = {"learning_rate": args.learning_rate, "bfloat16": args.bfloat16}
-    return {"batch_size": settings.batch_size, **options}
+    return {"batch_size": recipe.train.batch_size, **options}
+
+
+def train_plain(args: argparse.Namespace, recipe: Recipe, log: Log) -> dict[str, Any]:
+    log.start()
+    spec = spec_of(recipe, log.dataset)
+
+    def epoch_batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        seed, size = args.seed * 100_003 + epoch, recipe.train.batch_size
+        for batch in batches(log.dataset.train, spec, size, augment=recipe.augment, seed=seed):
+            yield torch.from_numpy(runner.normalize(batch.images, spec)), torch.as_tensor(batch.labels)
+
+    return run_loop(args, recipe, log, start_loop(args, recipe, log), epoch_batches)
+
+
+class Photos(torch.utils.data.Dataset[tuple[Any, int]]):
+    """PIL images, changed by `transform`, and labels: what both libraries' loaders take."""
+
+    def __init__(self, samples: Sequence[Sample], transform: Any = None) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        sample = self.samples[index]
+        with PIL.Image.open(sample.path) as image:
+            return self.transform(image.convert("RGB")), sample.label
+
+
+def train_timm(args: argparse.Namespace, recipe: Recipe, log: Log) -> dict[str, Any]:
+    log.start()
+    loop = start_loop(args, recipe, log)
+    spec = spec_of(recipe, log.dataset)
+    loop.optimizer = optim.create_optimizer_v2(
+        loop.model, "adamw", lr=args.learning_rate, weight_decay=recipe.train.weight_decay
+    )
+    steps = (recipe.train.epochs + 1) * math.ceil(len(log.dataset.train) / recipe.train.batch_size)
+    warmup = round(recipe.train.warmup_fraction * steps)
+    schedule = CosineLRScheduler(loop.optimizer, steps, warmup_t=warmup, t_in_epochs=False)
+    counter = itertools.count(1)
+    loop.step_schedule = lambda: schedule.step_update(next(counter))
+    loop.loss = LabelSmoothingCrossEntropy(recipe.train.label_smoothing)
+    loader = create_loader(
+        Photos(log.dataset.train),
+        (3, *spec.input_size),
+        recipe.train.batch_size,
+        is_training=True,
+        hflip=recipe.augment.horizontal_flip,
+        scale=args.crop_scale,
+        interpolation="random",
+        mean=tuple(value / 255 for value in spec.mean_255),
+        std=tuple(value / 255 for value in spec.std_255),
+        num_workers=args.workers or os.cpu_count(),
+        pin_memory=args.device == "cuda",
+        device=torch.device(args.device),
+        use_prefetcher=args.device == "cuda",
+    )
+    return run_loop(args, recipe, log, loop, lambda epoch: loader)
+
+
+def train_torchvision(args: argparse.Namespace, recipe: Recipe, log: Log) -> dict[str, Any]:
+    log.start()
+    spec = spec_of(recipe, log.dataset)
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(spec.input_size, scale=args.crop_scale),
+            transforms.RandomHorizontalFlip(recipe.augment.horizontal_flip),
+            transforms.PILToTensor(),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize([value / 255 for value in spec.mean_255], [value / 255 for value in spec.std_255]),
+        ]
+    )
+    loader = torch.utils.data.DataLoader(
+        Photos(log.dataset.train, transform),
+        recipe.train.batch_size,
+        shuffle=True,
+        num_workers=args.workers or os.cpu_count() or 1,
+        pin_memory=args.device == "cuda",
+        persistent_workers=True,
+    )
+    return run_loop(args, recipe, log, start_loop(args, recipe, log), lambda epoch: loader)
 
 
 def train_fastai(args: argparse.Namespace, recipe: Recipe, log: Log) -> dict[str, Any]:
@@ -223,7 +350,13 @@ def spec_of(recipe: Recipe, dataset: Dataset) -> runner.Spec:
     )
 
 
-WAYS = {"edgekit": train_edgekit, "plain": train_plain, "fastai": train_fastai}
+WAYS = {
+    "edgekit": train_edgekit,
+    "plain": train_plain,
+    "timm": train_timm,
+    "torchvision": train_torchvision,
+    "fastai": train_fastai,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -256,10 +389,15 @@ def train(args: argparse.Namespace) -> None:
         data = link_photos(args.data, Path(folder)) if args.jpg_only else args.data
         dataset = read_dataset(data)
         dataset = replace(
-            dataset, train=thinned(dataset.train, args.limit), val=thinned(dataset.val, args.limit), problems=()
+            dataset,
+            train=thinned(dataset.train, args.limit) * args.repeat,
+            val=thinned(dataset.val, args.limit),
+            problems=(),
         )
         recipe = suggest(str(data), dataset.class_names)
-        given = {"seed": args.seed, "epochs": args.epochs, "batch_size": args.batch_size, "device": "cpu"}
+        given = {"seed": args.seed, "epochs": args.epochs, "batch_size": args.batch_size, "device": args.device}
+        if args.all:
+            given |= {"unfrozen_fraction": 1.0}
         settings = {key: value for key, value in given.items() if value is not None}
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=settings)})
         log = Log(dataset)
@@ -282,6 +420,7 @@ def train(args: argparse.Namespace) -> None:
         "images": {"train": len(dataset.train), "val": len(dataset.val), "split_sha256": dataset.sha256},
         "versions": versions(),
         "cpu": runner.cpu_name(),
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
         "threads": torch.get_num_threads(),
     }
     reached = result["time_to_target_s"]
@@ -374,12 +513,17 @@ def main() -> None:
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's; default: a CPU each")
         command.add_argument("--jpg-only", action="store_true", help="only the .jpg files are photos")
         command.add_argument("--limit", type=int, default=0, help="images a subset, to try the script")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--repeat", type=int, default=1, help="an epoch is so many passes")
+        command.add_argument("--all", action="store_true", help="edgekit trains all of the network")
         command.add_argument("--out", type=Path, metavar="FILE.json")
-        if way == "plain":
+        if way in {"plain", "timm", "torchvision"}:
             command.add_argument("--learning-rate", type=float, default=1e-3, help="the peak")
             command.add_argument("--bfloat16", action="store_true", help="train under autocast")
-        if way == "fastai":
-            command.add_argument("--workers", type=int, help="loader processes; default: fastai's, a CPU each")
+        if way in {"timm", "torchvision"}:
+            command.add_argument("--crop-scale", type=float, nargs=2, default=(0.5, 1.0), help="shares of the area")
+        if way in {"timm", "torchvision", "fastai"}:
+            command.add_argument("--workers", type=int, help="loader processes; default: a CPU each")
     command = commands.add_parser("report", help=report.__doc__)
     command.set_defaults(command=report)
     command.add_argument("files", type=Path, nargs="+")

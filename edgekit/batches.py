@@ -22,6 +22,8 @@ from edgekit.recipe import Augment
 from edgekit.samples import VOID, Box, Sample, read_mask
 
 Labels: TypeAlias = "np.ndarray | tuple[np.ndarray, ...]"
+Item: TypeAlias = "tuple[Sample, Sequence[int] | None]"
+"""An image, and the seed of its changes; None: it is left as it is."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,22 @@ def batches(
     if augment is not None and seed is None:
         raise ValueError("augment needs a seed")
     chosen_order = batch_order(len(samples), batch_size, seed) if order is None else order
-    items = [(index, samples[index]) for batch in chosen_order for index in batch]
-    load = partial(_load_in_epoch, spec=spec, augment=augment, seed=seed)
-    with closing(in_order(load, items, workers=workers, ahead=2 * batch_size)) as stream:
-        for batch in chosen_order:
-            loaded = [next(stream) for _ in batch]
-            images, sizes = np.stack([one.image for one in loaded]), tuple(one.size for one in loaded)
-            yield Batch(images, _together([one.label for one in loaded]), tuple(samples[i] for i in batch), sizes)
+    chosen = [items_of(samples, batch, None if augment is None else seed) for batch in chosen_order]
+    load = partial(_load_item, spec=spec, augment=augment)
+    flat = [item for items in chosen for item in items]
+    with closing(in_order(load, flat, workers=workers, ahead=2 * batch_size)) as stream:
+        for items in chosen:
+            yield _batch(items, [next(stream) for _ in items])
+
+
+def items_of(samples: Sequence[Sample], order: Sequence[int], seed: int | None) -> list[Item]:
+    """A batch of an epoch: its changes are drawn from the epoch's seed and each image's index in samples."""
+    return [(samples[index], None if seed is None else (seed, index)) for index in order]
+
+
+def load_batch(items: Sequence[Item], spec: runner.Spec, augment: Augment) -> Batch:
+    """A batch without threads: what `batches` gives for the same items. Raises DataError as it does."""
+    return _batch(items, [_load_item(item, spec, augment) for item in items])
 
 
 def batch_order(
@@ -92,6 +103,11 @@ class _Loaded:
     size: tuple[int, int]  # (height, width) of the photo
 
 
+def _batch(items: Sequence[Item], loaded: Sequence[_Loaded]) -> Batch:
+    images, sizes = np.stack([one.image for one in loaded]), tuple(one.size for one in loaded)
+    return Batch(images, _together([one.label for one in loaded]), tuple(sample for sample, _ in items), sizes)
+
+
 def _together(labels: Sequence[int | np.ndarray]) -> Labels:
     maps = [label for label in labels if isinstance(label, np.ndarray)]
     if not maps:
@@ -99,9 +115,9 @@ def _together(labels: Sequence[int | np.ndarray]) -> Labels:
     return np.stack(maps) if maps[0].dtype == np.uint8 else tuple(maps)
 
 
-def _load_in_epoch(item: tuple[int, Sample], spec: runner.Spec, augment: Augment | None, seed: int | None) -> _Loaded:
-    index, sample = item
-    return _load(sample, spec, augment, None if seed is None else (seed, index))
+def _load_item(item: Item, spec: runner.Spec, augment: Augment | None) -> _Loaded:
+    sample, seed = item
+    return _load(sample, spec, augment, seed)
 
 
 def load_image(sample: Sample, spec: runner.Spec) -> np.ndarray:

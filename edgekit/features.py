@@ -60,9 +60,10 @@ class Features:
         missing = [sample for sample in samples if not all(shelf.has(sample.sha256, view) for shelf in shelves)]
         if self.is_full:
             return
-        compute = partial(self._compute, view=view, part=part)
-        with closing(in_order(compute, missing, workers=None, ahead=AHEAD)) as stream:
-            for done, _ in enumerate(stream, start=1):
+        compute, done = partial(self._compute, view=view, part=part), 0
+        with closing(in_order(compute, _chunks(missing, self.frozen.batch_size), workers=None, ahead=AHEAD)) as stream:
+            for rows in stream:
+                done += len(rows)
                 on_image(done, len(missing))
         for shelf in shelves:
             self._keep(shelf.flush)
@@ -76,31 +77,37 @@ class Features:
         self, samples: Sequence[Sample], view: int, part: int, order: Sequence[Sequence[int]]
     ) -> Iterator[FeatureBatch]:
         """A part's rows, a batch for each list of indices in `order`; what is not kept is computed again."""
-        load = partial(self._row, view=view, part=part)
+        load = partial(self._batch, view=view, part=part)
         chosen = [[samples[index] for index in batch] for batch in order]
-        items = [sample for batch in chosen for sample in batch]
-        with closing(in_order(load, items, workers=None, ahead=AHEAD)) as stream:
-            for batch in chosen:
-                rows = [next(stream) for _ in batch]
-                arrays = tuple(np.stack(column).astype(np.float32) for column in zip(*rows, strict=True))
-                yield FeatureBatch(arrays, np.array([sample.label for sample in batch], np.int64), tuple(batch))
+        with closing(in_order(load, chosen, workers=None, ahead=AHEAD)) as stream:
+            yield from stream
 
-    def _row(self, sample: Sample, view: int, part: int) -> tuple[np.ndarray, ...]:
-        kept = self._shelves(view)[part].get(sample.sha256, view)
-        return self._compute(sample, view, part)[part] if kept is None else kept
+    def _batch(self, samples: Sequence[Sample], view: int, part: int) -> FeatureBatch:
+        kept = [self._shelves(view)[part].get(sample.sha256, view) for sample in samples]
+        gone = [sample for sample, row in zip(samples, kept, strict=True) if row is None]
+        chunks = _chunks(gone, self.frozen.batch_size)
+        computed = iter([parts[part] for chunk in chunks for parts in self._compute(chunk, view, part)])
+        rows = [next(computed) if row is None else row for row in kept]
+        arrays = tuple(np.stack(column).astype(np.float32) for column in zip(*rows, strict=True))
+        return FeatureBatch(arrays, np.array([sample.label for sample in samples], np.int64), tuple(samples))
 
-    def _compute(self, sample: Sample, view: int, part: int) -> Parts:
-        if view == PLAIN:
-            image = load_image(sample, self.spec)
-        else:
-            image = load_view(sample, self.spec, self.augment, self.seed, view)
-        parts = self.frozen.run(runner.normalize(image[None], self.spec), part + 1)
+    def _compute(self, samples: Sequence[Sample], view: int, part: int) -> list[Parts]:
+        """→ each sample's rows of the parts up to `part`, which are kept if they can be."""
+        images = np.stack([self._image(sample, view) for sample in samples])
+        parts = self.frozen.run(runner.normalize(images, self.spec), part + 1)
         shelves = self._shelves(view)[: part + 1]
         # Rounded as a shelf keeps them also where it cannot, so that training does not depend on what was kept.
-        rounded = tuple(_rounded(arrays, shelf.dtype) for shelf, arrays in zip(shelves, parts, strict=True))
-        for shelf, arrays in zip(shelves, rounded, strict=True):
-            self._keep(partial(shelf.put, sample.sha256, view, arrays))
-        return rounded
+        rounded = [_rounded(arrays, shelf.dtype) for shelf, arrays in zip(shelves, parts, strict=True)]
+        found = [tuple(tuple(array[index] for array in part) for part in rounded) for index in range(len(samples))]
+        for sample, rows in zip(samples, found, strict=True):
+            for shelf, arrays in zip(shelves, rows, strict=True):
+                self._keep(partial(shelf.put, sample.sha256, view, arrays))
+        return found
+
+    def _image(self, sample: Sample, view: int) -> np.ndarray:
+        if view == PLAIN:
+            return load_image(sample, self.spec)
+        return load_view(sample, self.spec, self.augment, self.seed, view)
 
     def _keep(self, write: Callable[[], object]) -> None:
         try:
@@ -118,7 +125,11 @@ def _rounded(arrays: Sequence[np.ndarray], dtype: np.dtype[np.floating[Any]]) ->
     return tuple(array.clip(-limit, limit).astype(dtype) for array in arrays)
 
 
-AHEAD = 64  # images in the threads' hands
+AHEAD = 16  # chunks, or batches, in the threads' hands
+
+
+def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def open_features(
@@ -138,7 +149,7 @@ def open_features(
     """
     height, width = spec.input_size
     shapes = [
-        [array.shape for array in part]
+        [array.shape[1:] for array in part]
         for part in frozen.run(np.zeros((1, 3, height, width), np.float32), frozen.part_count)
     ]
     pixels = {key: value for key, value in spec.to_dict().items() if key in _PIXELS}

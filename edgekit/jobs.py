@@ -96,9 +96,10 @@ def epoch_seed(recipe: Recipe, epoch: int) -> int:
 def train_order(job: Job, epoch: int) -> list[list[int]]:
     """This process's share of each of an epoch's batches: indices of training images.
 
-    A batch that would leave a process a single image is left out: BatchNorm cannot learn from it.
+    A batch that would leave a process a single image is left out: BatchNorm cannot learn from it. So is, on a GPU, a
+    smaller one at the end of whole ones: cuDNN's plans for another shape take longer than an epoch of a small data set.
     """
-    return batch_order(
+    order = batch_order(
         len(job.dataset.train),
         job.recipe.train.batch_size,
         epoch_seed(job.recipe, epoch),
@@ -106,6 +107,9 @@ def train_order(job: Job, epoch: int) -> list[list[int]]:
         processes=job.fabric.world_size,
         least=2,
     )
+    if job.fabric.device.type == "cpu":
+        return order
+    return [batch for batch in order if len(batch) == len(order[0])]
 
 
 def val_order(job: Job) -> list[list[int]]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 
 from edgekit import fake_quantization, runner
 from edgekit.errors import ConfigError, SetupError
 from edgekit.gradients import FastGradients
+from edgekit.graphs import Graphed
 from edgekit.jobs import (
     Epoch,
     Job,
@@ -33,6 +35,7 @@ from edgekit.tasks import TASKS, answers, named
 from edgekit.training import Average, class_weights, learning_rate, mixed, parameter_groups
 
 AVERAGE = "average."  # before a tensor's name in the saved state
+STEPS_BETWEEN_LOOKS = 10  # at a GPU's loss
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Learner:
     source: Source
     model: torch.nn.Module  # the whole network
     learning: Sequence[torch.nn.Module]
-    module: Any  # the source's, as Fabric wraps it
+    forward: Callable[..., Any]  # the source's module as it learns: in Fabric's precision, on a GPU as a graph
     optimizer: Any
     average: Average | None
     loss: Callable[[Any, Any], torch.Tensor]
@@ -67,7 +70,9 @@ def learner_of(
     if phase.stages == len(stages_of(recipe, model)):
         model.requires_grad_(True)  # also what belongs to no stage, such as position embeddings
     groups = parameter_groups(model, learning, recipe.train.weight_decay, recipe.train.layer_decay)
-    module = job.fabric.setup_module(source.module)
+    forward: Callable[..., Any] = job.fabric.setup_module(source.module)
+    if job.fabric.device.type == "cuda" and job.fabric.world_size == 1 and not recipe.train.qat:
+        forward = Graphed(source.module, partial(_uncached, job.fabric))
     adamw = torch.optim.AdamW(groups, lr=phase.learning_rate, fused=True)
     optimizer: Any = job.fabric.setup_optimizers(adamw)
     average = None
@@ -83,7 +88,16 @@ def learner_of(
         labels = np.array([sample.label for sample in job.dataset.train])
         weights = class_weights(labels, len(job.spec.class_names), recipe.train.class_balance)
         loss = partial(loss, class_weights=weights.to(job.fabric.device))
-    return Learner(phase, source, model, learning, module, optimizer, average, loss)
+    return Learner(phase, source, model, learning, forward, optimizer, average, loss)
+
+
+@contextmanager
+def _uncached(fabric: Fabric) -> Iterator[None]:
+    """Fabric's autocast without the cache of cast weights, which would end up in a graph."""
+    with fabric.autocast():
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        with torch.autocast("cuda", dtype, enabled, cache_enabled=False):
+            yield
 
 
 def _states(model: torch.nn.Module, parts: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -124,21 +138,21 @@ def learn_epoch(job: Job, learner: Learner, place: Step, done: int, kept: int) -
         part.train()
     if recipe.train.qat:
         fake_quantization.training_mode(learner.model)
-    began, seen, loss_sum, rate = time.perf_counter(), 0, 0.0, 0.0
+    loss_sum = torch.zeros((), dtype=torch.float64, device=job.fabric.device)
+    began, seen, rate, loss = time.perf_counter(), 0, 0.0, 0.0
     for step, batch in enumerate(learner.source.train(place.epoch), start=1):
         fraction = recipe.train.warmup_fraction
         rate = learning_rate(phase.learning_rate, done * place.steps + step, phase.epochs * place.steps, fraction)
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        loss_sum += learn_step(job, learner, batch, rng) * len(batch.sizes)
+        loss_sum = loss_sum + learn_step(job, learner, batch, rng) * len(batch.sizes)
         seen += len(batch.sizes)
-        if not math.isfinite(loss_sum):
-            rest = f"; the epochs up to {kept} are kept" if kept else ""
-            raise ConfigError(f"the loss is no longer finite in epoch {place.epoch}: lower train.learning_rate{rest}")
+        if step % STEPS_BETWEEN_LOOKS == 1 or not loss_sum.is_cuda:  # a GPU is idle while one waits for it to look
+            loss = _finite(float(loss_sum) / seen, place, kept)
         speed = seen * job.fabric.world_size / (time.perf_counter() - began)
-        job.on_step(replace(place, step=step, loss=loss_sum / seen, images_per_second=speed))
+        job.on_step(replace(place, step=step, loss=loss, images_per_second=speed))
+    train_loss, seen = _mean(gathered(job.fabric, (_finite(float(loss_sum), place, kept), seen)))
     trained = time.perf_counter()
-    train_loss, seen = _mean(gathered(job.fabric, (loss_sum, seen)))
     with averaged(learner):
         _share_state(job, learner.model)
         val_loss, val_metric = _validate(job, learner)
@@ -155,13 +169,23 @@ def learn_epoch(job: Job, learner: Learner, place: Step, done: int, kept: int) -
     )
 
 
+def _finite(loss: float, place: Step, kept: int) -> float:
+    if math.isfinite(loss):
+        return loss
+    rest = f"; the epochs up to {kept} are kept" if kept else ""
+    raise ConfigError(f"the loss is no longer finite in epoch {place.epoch}: lower train.learning_rate{rest}")
+
+
 def averaged(learner: Learner) -> AbstractContextManager[None]:
     """Within it the network has the averages of its weights, where they are kept."""
     return learner.average.in_place() if learner.average is not None else nullcontext()
 
 
-def learn_step(job: Job, learner: Learner, batch: Inputs, rng: np.random.Generator) -> float:
-    """One step → the loss. Where memory is short, the batch is computed in smaller and smaller parts."""
+def learn_step(job: Job, learner: Learner, batch: Inputs, rng: np.random.Generator) -> torch.Tensor:
+    """One step → the loss, float64 (), which a GPU may not have computed yet.
+
+    Where memory is short, the batch is computed in smaller and smaller parts.
+    """
     tensors = on_device(job, batch)
     others, share = np.arange(len(batch.sizes)), 1.0
     if job.recipe.task == "classify" and job.recipe.train.mixup:
@@ -191,20 +215,20 @@ def learn_step(job: Job, learner: Learner, batch: Inputs, rng: np.random.Generat
 
 def _backward(
     job: Job, learner: Learner, tensors: Sequence[torch.Tensor], labels: Any, others: np.ndarray, share: float
-) -> float:
+) -> torch.Tensor:
     """The gradients of a batch → its loss. share: of each row its own label's; the rest is its partner's in others."""
-    total, count = 0.0, len(others)
+    total, count = torch.zeros((), dtype=torch.float64, device=job.fabric.device), len(others)
     parts = min(learner.parts, max(1, count // 2))  # BatchNorm cannot learn from a single image
     ends = [count * part // parts for part in range(parts + 1)]
     for rows in map(slice, ends, ends[1:]):
-        with FastGradients():
-            outputs = learner.module(*(each[rows] for each in tensors))
+        with FastGradients() if total.device.type == "cpu" else nullcontext():
+            outputs = learner.forward(*(each[rows] for each in tensors))
         loss = learner.loss(outputs, labels[rows])
         if share < 1:
             loss = share * loss + (1 - share) * learner.loss(outputs, labels[others][rows])
         loss = loss * (len(others[rows]) / count)
         job.fabric.backward(loss)
-        total += float(loss.detach())
+        total += loss.detach()
     return total
 
 

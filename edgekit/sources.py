@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from edgekit import frozen, runner
-from edgekit.batches import batches, load_image
+from edgekit.batches import batches, items_of, load_image
 from edgekit.features import PLAIN, Features, open_features
 from edgekit.jobs import Job, epoch_seed, gathered, learning_parts, phases_of, stages_of, train_order, val_order
+from edgekit.loader import Loader, worker_count
 from edgekit.samples import Sample
 
 CACHE_BYTES = 8 << 30  # of the features that are kept for all runs
@@ -22,7 +23,7 @@ CACHE_BYTES = 8 << 30  # of the features that are kept for all runs
 class Inputs:
     """What the learning part of the network sees of a batch, and what is true of it."""
 
-    arrays: tuple[np.ndarray, ...]  # float32 (N, ...) each
+    arrays: tuple[np.ndarray | torch.Tensor, ...]  # float32 (N, ...) each
     labels: Any  # as batches.Batch has them
     sizes: tuple[tuple[int, int], ...]  # (height, width) of the photos; of features, which need none, the input's
 
@@ -45,7 +46,7 @@ def sources_of(job: Job, model: torch.nn.Module, epochs_done: int) -> list[Sourc
     """
     model.to(job.fabric.device).to(memory_format=torch.channels_last).requires_grad_(False)
     phases = phases_of(job.recipe, model)
-    sources = [_image_source(job, model) for _ in phases]
+    sources = [_image_source(job, model)] * len(phases)
     ends = np.cumsum([phase.epochs for phase in phases])
     ahead = [
         index
@@ -94,17 +95,31 @@ def _open_features(job: Job, computed: frozen.Frozen) -> tuple[Features | None, 
 
 
 def _image_source(job: Job, model: torch.nn.Module) -> Source:
-    train, val, size, augment = job.dataset.train, job.dataset.val, job.recipe.train.batch_size, job.recipe.augment
+    train, val, stream = job.dataset.train, job.dataset.val, _image_stream(job)
+    return Source(
+        model,
+        prepare=lambda _: None,
+        train=lambda epoch: stream(train, train_order(job, epoch), epoch_seed(job.recipe, epoch)),
+        val=lambda: stream(val, val_order(job), None),
+    )
 
-    def stream(samples: Sequence[Sample], order: list[list[int]], **options: Any) -> Iterator[Inputs]:
-        for batch in batches(samples, job.spec, size, order=order, **options):
-            yield Inputs((runner.normalize(batch.images, job.spec),), batch.labels, batch.sizes)
 
-    def train_stream(epoch: int) -> Iterator[Inputs]:
-        seed = epoch_seed(job.recipe, epoch)
-        return stream(train, train_order(job, epoch), augment=augment, seed=seed)
+def _image_stream(job: Job) -> Callable[[Sequence[Sample], list[list[int]], int | None], Iterator[Inputs]]:
+    """→ what gives the batches of samples, by their indices, changed as an epoch's seed says, or as they are (None)."""
+    spec, size, augment = job.spec, job.recipe.train.batch_size, job.recipe.augment
+    workers = worker_count(spec, size) if job.fabric.device.type == "cuda" else 0
+    loader = Loader(spec, augment, job.fabric.device, workers) if workers else None
 
-    return Source(model, lambda _: None, train_stream, lambda: stream(val, val_order(job)))
+    def by_threads(samples: Sequence[Sample], order: list[list[int]], seed: int | None) -> Iterator[Inputs]:
+        for batch in batches(samples, spec, size, order=order, augment=None if seed is None else augment, seed=seed):
+            yield Inputs((runner.normalize(batch.images, spec),), batch.labels, batch.sizes)
+
+    def by_processes(samples: Sequence[Sample], order: list[list[int]], seed: int | None) -> Iterator[Inputs]:
+        assert loader is not None
+        for loaded in loader.batches([items_of(samples, batch, seed) for batch in order]):
+            yield Inputs((loaded.images,), loaded.labels, loaded.sizes)
+
+    return by_threads if loader is None else by_processes
 
 
 def _feature_source(job: Job, features: Features, views: int, learning: torch.nn.Module, part: int) -> Source:
@@ -139,5 +154,5 @@ def _feature_source(job: Job, features: Features, views: int, learning: torch.nn
 
 def on_device(job: Job, batch: Inputs) -> tuple[torch.Tensor, ...]:
     """A batch's arrays as tensors where the training runs, images and maps channels_last."""
-    found = (torch.from_numpy(array).to(job.fabric.device) for array in batch.arrays)
+    found = (torch.as_tensor(array).to(job.fabric.device) for array in batch.arrays)
     return tuple(each.contiguous(memory_format=torch.channels_last) if each.dim() == 4 else each for each in found)

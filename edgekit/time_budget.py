@@ -34,7 +34,7 @@ def within(job: Job, model: torch.nn.Module, budget_s: float, start: float) -> R
     times_s = []
     for batch in islice(sources[-1].train(0), PROBE_STEPS):
         began = time.perf_counter()
-        learn_step(job, learner, batch, rng)
+        float(learn_step(job, learner, batch, rng))  # of a GPU, this waits until it is done
         times_s.append(time.perf_counter() - began)
     val_batches = len(job.dataset.val) / job.recipe.train.batch_size
     step_s = float(np.median(times_s[1:] or times_s))

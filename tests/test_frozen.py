@@ -143,7 +143,7 @@ def test_onnx_runtime_gives_what_torch_gives(count: int) -> None:
         expected: tuple[torch.Tensor, ...] = (IMAGES[1:],)
         for part, found in zip(trunk.parts, parts, strict=False):
             expected = part(*expected)
-            np.testing.assert_allclose(found[0], expected[0][0].numpy(), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found[0], expected[0].numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_an_engine_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_an_engine_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     assert ready.engine == "torch"
     parts = ready.run(IMAGES[:1].numpy(), 2)
     with torch.no_grad():
-        expected = trunk.parts[0](IMAGES[:1])[0][0]
+        expected = trunk.parts[0](IMAGES[:1])[0]
     np.testing.assert_allclose(parts[0][0], expected.numpy(), rtol=1e-5, atol=1e-5)
 
 

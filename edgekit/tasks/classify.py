@@ -121,7 +121,7 @@ def loss(
     class_weights: float32 (C,); the mean over the images is not divided by their weights' sum, so that a batch of rare
     ones counts for more.
     """
-    truth = torch.from_numpy(labels).to(outputs.device)
+    truth = torch.from_numpy(labels).to(outputs.device, non_blocking=True)
     if class_weights is None:
         return F.cross_entropy(outputs.float(), truth, label_smoothing=recipe.train.label_smoothing)
     each = F.cross_entropy(outputs.float(), truth, label_smoothing=recipe.train.label_smoothing, reduction="none")

@@ -97,7 +97,7 @@ def loss(outputs: torch.Tensor, labels: np.ndarray, recipe: Recipe) -> torch.Ten
     so a pixel weighs the less, the more pixels its class has in the batch, and the Lovász loss, which is near to one
     minus the mean IoU, keeps the rare classes from being answered too often.
     """
-    truth = torch.from_numpy(labels).to(outputs.device).long()
+    truth = torch.from_numpy(labels).to(outputs.device, non_blocking=True).long()
     logits = _enlarged(outputs.float(), truth.shape[1:])
     pixels = torch.bincount(truth[truth != VOID], minlength=logits.shape[1]).float()
     weights = torch.where(pixels > 0, pixels.clamp(min=1) ** -BALANCE, 0)
