@@ -67,7 +67,7 @@ from edgekit.artifacts import RunFolder
 from edgekit.batches import batches
 from edgekit.datasets import Dataset, read_dataset
 from edgekit.finetune import finetune
-from edgekit.jobs import Epoch
+from edgekit.jobs import Epoch, Watch
 from edgekit.recipe import Recipe, suggest
 from edgekit.samples import Sample
 from edgekit.tasks import TASKS, classify
@@ -139,7 +139,7 @@ def train_edgekit(_: argparse.Namespace, recipe: Recipe, log: Log) -> dict[str, 
     classify.metric = metric
     with tempfile.TemporaryDirectory() as folder:
         log.start()
-        run = finetune(recipe, log.dataset, Path(folder), on_epoch=on_epoch).run
+        run = finetune(recipe, log.dataset, Path(folder), watch=Watch(on_epoch=on_epoch)).run
         with RunFolder(run).history.open(newline="") as stream:
             for row, written in zip(log.rows, csv.DictReader(stream), strict=True):
                 row.history_s = float(written["seconds"])

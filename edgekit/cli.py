@@ -87,12 +87,13 @@ def demo(
     with display() as show:
         show.busy(LOADING)
         from edgekit.demo import write_demo
-        from edgekit.pipeline import Watch, pipeline
+        from edgekit.jobs import Watch
+        from edgekit.pipeline import pipeline
 
         recipe = write_demo(folder / "data", chosen)
         runs = folder / "runs"
-        watch = Watch(on_stage=show.stage, on_step=show.step, on_epoch=show.epoch, on_image=show.images)
-        outcome = pipeline(recipe, read_target("cpu"), runs, folder / "dist", watch)
+        watch = Watch(show.step, show.epoch, show.images, show.note)
+        outcome = pipeline(recipe, read_target("cpu"), runs, folder / "dist", on_stage=show.stage, watch=watch)
         show.stage("bench")
         latency = _bundle_json(outcome.bundled.path, "bench", "--seconds", "3", "--json")
     _print_demo(outcome, latency, as_json)

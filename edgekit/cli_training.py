@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from edgekit.datasets import Dataset
     from edgekit.finetune import Finetuned
+    from edgekit.jobs import Watch
     from edgekit.progress import Display
     from edgekit.recipe import Recipe, Task
 
@@ -124,7 +126,7 @@ def finetune(
             show.busy(LOADING)
             from edgekit.finetune import resume as continue_run
 
-            done = continue_run(resume, **_told(show))
+            done = continue_run(resume, watch=_watch(show))
     elif qat:
         done = _finetune_qat(qat, given, runs)
     elif tune:
@@ -136,7 +138,7 @@ def finetune(
             from edgekit.finetune import finetune as stage
 
             show.busy(f"preparing {chosen.model.backbone}")
-            done = stage(chosen, dataset, runs, opencv=versions, budget_s=budget_s, **_told(show))
+            done = stage(chosen, dataset, runs, opencv=versions, budget_s=budget_s, watch=_watch(show))
     if not is_first_process():
         return
     if as_json:
@@ -174,9 +176,11 @@ def _refuse_mixed(
         raise UsageError("--time finds out how many epochs fit: give it without --epochs and --tune")
 
 
-def _told(show: Display) -> dict[str, Any]:
-    """Where a training's progress goes."""
-    return {"on_step": show.step, "on_epoch": show.epoch, "on_image": show.images, "on_note": show.note}
+def _watch(show: Display) -> Watch:
+    """A training's progress goes to the display."""
+    from edgekit.jobs import Watch
+
+    return Watch(show.step, show.epoch, show.images, show.note)
 
 
 def _seconds(text: str) -> float | None:
@@ -205,7 +209,7 @@ def _finetune_qat(source: Path, given: dict[tuple[str, ...], Any], runs: Path) -
         show.busy(LOADING)
         from edgekit.finetune import finetune_qat as stage
 
-        return stage(source, recipe, runs, **_told(show))
+        return stage(source, recipe, runs, watch=_watch(show))
 
 
 def _tune(recipe: Recipe, dataset: Dataset, trials: int, runs: Path, opencv: tuple[str, ...]) -> Finetuned:
@@ -219,7 +223,7 @@ def _tune(recipe: Recipe, dataset: Dataset, trials: int, runs: Path, opencv: tup
         from edgekit.tuning import Epoch, tune
 
         def train(candidate: Recipe, folder: Path, on_epoch: Callable[[Epoch], None]) -> Finetuned:
-            return stage(candidate, dataset, folder, opencv=opencv, **{**_told(show), "on_epoch": on_epoch})
+            return stage(candidate, dataset, folder, opencv=opencv, watch=replace(_watch(show), on_epoch=on_epoch))
 
         tuned = tune(recipe, dataset, trials, runs, train, on_trial=show.trial)
         done = resume(tuned.run)  # it is finished: this reads its history

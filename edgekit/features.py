@@ -79,7 +79,7 @@ class Features:
         """A part's rows, a batch for each list of indices in `order`; what is not kept is computed again."""
         load = partial(self._batch, view=view, part=part)
         chosen = [[samples[index] for index in batch] for batch in order]
-        with closing(in_order(load, chosen, workers=None, ahead=AHEAD)) as stream:
+        with closing(in_order(load, chosen, workers=None, ahead=BATCHES_AHEAD)) as stream:
             yield from stream
 
     def _batch(self, samples: Sequence[Sample], view: int, part: int) -> FeatureBatch:
@@ -125,7 +125,8 @@ def _rounded(arrays: Sequence[np.ndarray], dtype: np.dtype[np.floating[Any]]) ->
     return tuple(array.clip(-limit, limit).astype(dtype) for array in arrays)
 
 
-AHEAD = 16  # chunks, or batches, in the threads' hands
+AHEAD = 16  # chunks of images in the threads' hands
+BATCHES_AHEAD = 4
 
 
 def _chunks(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:

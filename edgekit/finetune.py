@@ -20,7 +20,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from edgekit.artifacts import (
 from edgekit.datasets import Dataset, missing, read_split, write_split
 from edgekit.doctor import cpu_computes_bfloat16
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
-from edgekit.jobs import Epoch, Job, Phase, Step, gathered, phases_of, steps_of, val_order
+from edgekit.jobs import Epoch, Job, Phase, Step, Watch, gathered, phases_of, steps_of, val_order
 from edgekit.learner import AVERAGE, Learner, averaged, learn_epoch, learner_of
 from edgekit.preflight import preflight
 from edgekit.recipe import Recipe, to_toml
@@ -56,6 +56,7 @@ from edgekit.tensorboard import log_epoch, require_tensorboard
 from edgekit.time_budget import within
 
 CHECK_IMAGES = 8
+_NOBODY = Watch()
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,14 @@ def finetune(
     *,
     opencv: Sequence[str] = (),
     budget_s: float | None = None,
-    on_step: Callable[[Step], None] = lambda step: None,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-    on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
-    on_note: Callable[[str], None] = lambda text: None,
+    watch: Watch = _NOBODY,
 ) -> Finetuned:
     """Trains what the recipe says on the data set and leaves a new run folder under `runs`.
 
     The folder is `recipe.name`, or made from the data's and the backbone's names; an existing one is never
     overwritten. opencv: versions on which the network is to run, beside the one here; a backbone that does not is
     refused. budget_s: seconds that training may take; the recipe's epochs become as many as fit, by how long a few
-    steps take here, and at least one. on_image: the name of some work on images, how many are done, and of how many.
-    on_note: what the user should know and is no error.
+    steps take here, and at least one. Of several processes only the first one's `watch` is told.
 
     Raises ConfigError, DataError, SetupError (no weights to be had) or ArtifactError before training; EdgekitError when
     the loss stops being a number.
@@ -112,12 +109,12 @@ def finetune(
     if recipe.train.qat:
         fake_quantization.fake_quantize(model)
     if budget_s is not None:
-        job = _job(fabric, recipe, spec, dataset, on_step, on_epoch, on_image, on_note)
+        job = _job(fabric, recipe, spec, dataset, watch)
         recipe = within(job, model, budget_s, start)
     name = f"{dataset.root.name}-{recipe.model.backbone.replace(':', '-')}"
     check_images = [sample.path for sample in _check_samples(dataset)]
     run = _new_run(fabric, recipe, runs, name, dataset, spec, check_images)
-    job = _job(fabric, run.read_recipe(), spec, dataset, on_step, on_epoch, on_image, on_note)
+    job = _job(fabric, run.read_recipe(), spec, dataset, watch)
     return _train(run, job, model, [], {})
 
 
@@ -126,10 +123,7 @@ def finetune_qat(
     recipe: Recipe,
     runs: Path = Path("runs"),
     *,
-    on_step: Callable[[Step], None] = lambda step: None,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-    on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
-    on_note: Callable[[str], None] = lambda text: None,
+    watch: Watch = _NOBODY,
 ) -> Finetuned:
     """Continues from a finished run, quantization-aware, and leaves a new run folder under `runs`.
 
@@ -145,17 +139,14 @@ def finetune_qat(
     model = _start(recipe, spec.class_names)
     fake_quantization.fake_quantize(model)
     run = _new_run(fabric, recipe, runs, f"{folder.name}-qat", dataset, spec, check_images)
-    job = _job(fabric, run.read_recipe(), spec, dataset, on_step, on_epoch, on_image, on_note)
+    job = _job(fabric, run.read_recipe(), spec, dataset, watch)
     return _train(run, job, model, [], {})
 
 
 def resume(
     path: Path,
     *,
-    on_step: Callable[[Step], None] = lambda step: None,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-    on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
-    on_note: Callable[[str], None] = lambda text: None,
+    watch: Watch = _NOBODY,
 ) -> Finetuned:
     """Continues an interrupted run from its last whole epoch; a finished one is returned as it is.
 
@@ -178,24 +169,12 @@ def resume(
         fake_quantization.fake_quantize(model)
     if history:
         model.load_state_dict({k[len("model.") :]: v for k, v in tensors.items() if k.startswith("model.")})
-    job = _job(fabric, recipe, spec, dataset, on_step, on_epoch, on_image, on_note)
+    job = _job(fabric, recipe, spec, dataset, watch)
     return _train(run, job, model, history, tensors)
 
 
-def _job(
-    fabric: Fabric,
-    recipe: Recipe,
-    spec: runner.Spec,
-    dataset: Dataset,
-    on_step: Callable[[Step], None],
-    on_epoch: Callable[[Epoch], None],
-    on_image: Callable[[str, int, int], None],
-    on_note: Callable[[str], None],
-) -> Job:
-    if fabric.is_global_zero:
-        return Job(recipe, spec, dataset, fabric, on_step, on_epoch, on_image, on_note)
-    silent = (lambda *_: None,) * 4
-    return Job(recipe, spec, dataset, fabric, *silent)
+def _job(fabric: Fabric, recipe: Recipe, spec: runner.Spec, dataset: Dataset, watch: Watch) -> Job:
+    return Job(recipe, spec, dataset, fabric, watch if fabric.is_global_zero else _NOBODY)
 
 
 def _start(recipe: Recipe, class_names: Sequence[str]) -> torch.nn.Module:
@@ -392,7 +371,7 @@ def _run_phases(
             _save_epoch(run, job, history, learner)
             if recipe.train.tensorboard and job.fabric.is_global_zero:
                 log_epoch(run.path / "tensorboard", history[-1])
-            job.on_epoch(history[-1])
+            job.watch.on_epoch(history[-1])
         first += phase.epochs
 
 

@@ -54,17 +54,24 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Who is told how a training goes on."""
+
+    on_step: Callable[[Step], None] = lambda step: None
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None
+    on_image: Callable[[str, int, int], None] = lambda name, done, total: None  # of some work on images, by its name
+    on_note: Callable[[str], None] = lambda text: None  # what the user should know and is no error
+
+
+@dataclass(frozen=True)
 class Job:
-    """What stays the same through a run. Of several processes only the first one's callbacks are told."""
+    """What stays the same through a run."""
 
     recipe: Recipe
     spec: runner.Spec
     dataset: Dataset
     fabric: Fabric
-    on_step: Callable[[Step], None]
-    on_epoch: Callable[[Epoch], None]
-    on_image: Callable[[str, int, int], None]
-    on_note: Callable[[str], None]
+    watch: Watch
 
 
 def phases_of(recipe: Recipe, model: torch.nn.Module) -> tuple[Phase, Phase]:

@@ -150,7 +150,7 @@ def learn_epoch(job: Job, learner: Learner, place: Step, done: int, kept: int) -
         if step % STEPS_BETWEEN_LOOKS == 1 or not loss_sum.is_cuda:  # a GPU is idle while one waits for it to look
             loss = _finite(float(loss_sum) / seen, place, kept)
         speed = seen * job.fabric.world_size / (time.perf_counter() - began)
-        job.on_step(replace(place, step=step, loss=loss, images_per_second=speed))
+        job.watch.on_step(replace(place, step=step, loss=loss, images_per_second=speed))
     train_loss, seen = _mean(gathered(job.fabric, (_finite(float(loss_sum), place, kept), seen)))
     trained = time.perf_counter()
     with averaged(learner):
@@ -205,7 +205,7 @@ def learn_step(job: Job, learner: Learner, batch: Inputs, rng: np.random.Generat
                     "let less of the network learn (train.unfrozen_fraction)"
                 ) from None
             learner.parts *= 2
-            job.on_note(f"not enough memory: batches are computed in {learner.parts} parts from here on")
+            job.watch.on_note(f"not enough memory: batches are computed in {learner.parts} parts from here on")
             continue
         learner.optimizer.step()
         if learner.average is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,10 @@ def _open_features(job: Job, computed: frozen.Frozen) -> tuple[Features | None, 
         job.fabric.barrier()
     views = min(gathered(job.fabric, 0 if opened is None else opened[1]))
     if opened is None or not views:
-        job.on_note("no room for the frozen layers' features: they are computed again in each epoch")
+        job.watch.on_note("no room for the frozen layers' features: they are computed again in each epoch")
         return None, 0
     if views < train.views:
-        job.on_note(f"there is room for the features of {views} views of each image, not {train.views}")
+        job.watch.on_note(f"there is room for the features of {views} views of each image, not {train.views}")
     return opened[0], views
 
 
@@ -106,20 +107,23 @@ def _image_source(job: Job, model: torch.nn.Module) -> Source:
 
 def _image_stream(job: Job) -> Callable[[Sequence[Sample], list[list[int]], int | None], Iterator[Inputs]]:
     """→ what gives the batches of samples, by their indices, changed as an epoch's seed says, or as they are (None)."""
-    spec, size, augment = job.spec, job.recipe.train.batch_size, job.recipe.augment
-    workers = worker_count(spec, size) if job.fabric.device.type == "cuda" else 0
-    loader = Loader(spec, augment, job.fabric.device, workers) if workers else None
+    workers = worker_count(job.spec, job.recipe.train.batch_size) if job.fabric.device.type == "cuda" else 0
+    if not workers:
+        return partial(_by_threads, job)
+    return partial(_by_processes, Loader(job.spec, job.recipe.augment, job.fabric.device, workers))
 
-    def by_threads(samples: Sequence[Sample], order: list[list[int]], seed: int | None) -> Iterator[Inputs]:
-        for batch in batches(samples, spec, size, order=order, augment=None if seed is None else augment, seed=seed):
-            yield Inputs((runner.normalize(batch.images, spec),), batch.labels, batch.sizes)
 
-    def by_processes(samples: Sequence[Sample], order: list[list[int]], seed: int | None) -> Iterator[Inputs]:
-        assert loader is not None
-        for loaded in loader.batches([items_of(samples, batch, seed) for batch in order]):
-            yield Inputs((loaded.images,), loaded.labels, loaded.sizes)
+def _by_threads(job: Job, samples: Sequence[Sample], order: list[list[int]], seed: int | None) -> Iterator[Inputs]:
+    augment = None if seed is None else job.recipe.augment
+    for batch in batches(samples, job.spec, job.recipe.train.batch_size, order=order, augment=augment, seed=seed):
+        yield Inputs((runner.normalize(batch.images, job.spec),), batch.labels, batch.sizes)
 
-    return by_threads if loader is None else by_processes
+
+def _by_processes(
+    loader: Loader, samples: Sequence[Sample], order: list[list[int]], seed: int | None
+) -> Iterator[Inputs]:
+    for loaded in loader.batches([items_of(samples, batch, seed) for batch in order]):
+        yield Inputs((loaded.images,), loaded.labels, loaded.sizes)
 
 
 def _feature_source(job: Job, features: Features, views: int, learning: torch.nn.Module, part: int) -> Source:
@@ -129,7 +133,7 @@ def _feature_source(job: Job, features: Features, views: int, learning: torch.nn
 
     def fill(samples: Sequence[Sample], view: int) -> None:
         name = "features" if view == PLAIN else f"features, view {view + 1}"
-        features.fill(samples[rank::processes], view, part, lambda done, total: job.on_image(name, done, total))
+        features.fill(samples[rank::processes], view, part, lambda done, total: job.watch.on_image(name, done, total))
 
     def prepare(epoch: int) -> None:
         nonlocal told
@@ -140,7 +144,7 @@ def _feature_source(job: Job, features: Features, views: int, learning: torch.nn
             features.refresh()
         if features.is_full and not told:
             told = True
-            job.on_note("the disk is full: the frozen layers' features are computed again where they were not kept")
+            job.watch.on_note("the disk is full: what the frozen layers give is computed again where it was not kept")
 
     def stream(samples: Sequence[Sample], view: int, order: list[list[int]]) -> Iterator[Inputs]:
         for batch in features.batches(samples, view, part, order):

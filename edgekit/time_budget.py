@@ -46,9 +46,11 @@ def within(job: Job, model: torch.nn.Module, budget_s: float, start: float) -> R
         left_s -= epoch_s + (fill_s if 1 < epochs <= views else 0)  # the first view is there already
     epochs = max(gathered(job.fabric, max(1, epochs))[0], 1)
     seconds = f"{epoch_s:.0f} s" if epoch_s >= 10 else f"{epoch_s:.1f} s"
-    job.on_note(f"an epoch takes about {seconds}: {epochs} of them are planned")
+    job.watch.on_note(f"an epoch takes about {seconds}: {epochs} of them are planned")
     if budget_s < epoch_s:
-        job.on_note("that is longer than the time given: fewer stages (--preset fast) or smaller images would fit")
+        job.watch.on_note(
+            "that is longer than the time given: fewer stages (--preset fast) or smaller images would fit"
+        )
     train = job.recipe.train.model_copy(
         update={"epochs": epochs, "patience": max(job.recipe.train.patience, epochs // 3)}
     )

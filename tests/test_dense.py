@@ -18,6 +18,7 @@ from edgekit.datasets import guess_task, read_split
 from edgekit.errors import DataError
 from edgekit.evaluate import evaluate
 from edgekit.finetune import finetune, resume
+from edgekit.jobs import Watch
 from edgekit.quantize import quantize
 from edgekit.recipe import Task
 from edgekit.targets import read_target
@@ -121,7 +122,7 @@ def test_a_resumed_run_is_the_same(run: RunFolder, task: Task, tmp_path: Path) -
         raise KeyboardInterrupt
 
     with pytest.raises(Exception, match="interrupted"):
-        finetune(recipe.model_copy(update={"name": "broken"}), data, tmp_path, on_epoch=stop)
+        finetune(recipe.model_copy(update={"name": "broken"}), data, tmp_path, watch=Watch(on_epoch=stop))
     resume(tmp_path / "broken")
     assert (tmp_path / "broken" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 

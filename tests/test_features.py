@@ -19,6 +19,7 @@ from edgekit.batches import load_image, load_view
 from edgekit.datasets import Dataset, read_dataset
 from edgekit.features import PLAIN, Features, open_features
 from edgekit.finetune import finetune
+from edgekit.jobs import Watch
 from edgekit.recipe import Augment
 from edgekit.samples import Sample
 
@@ -124,6 +125,28 @@ def test_rows_are_what_torch_gives(dataset: Dataset) -> None:
                 assert given.dtype == np.float32
                 np.testing.assert_allclose(given, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
     assert not np.array_equal(row(found, dataset.train[0], 0, 1)[0], row(found, dataset.train[0], 1, 1)[0])
+
+
+def test_many_images_at_once_are_kept_as_one_at_a_time(dataset: Dataset) -> None:
+    """As on a GPU. The last of the 32s is not full."""
+    trunk = two_parts()
+    counted = Counted(trunk)
+    one, _ = opened(counted.ready(), dataset)
+    filled(one, dataset)
+    whole = frozen._gpu_run(frozen._Chain(trunk.parts), torch.device("cpu"))
+    many, _ = opened(replace(counted.ready(), run=whole, batch_size=32, keys=("a", "b")), dataset)
+    told: list[tuple[int, int]] = []
+    many.fill(dataset.train, 0, 1, lambda done, total: told.append((done, total)))
+    count = len(dataset.train)
+    assert told == [(min(done + 32, count), count) for done in range(0, count, 32)]
+    for sample in (dataset.train[0], dataset.train[33], dataset.train[-1]):
+        for part in (0, 1):
+            found, expected = (row(each, sample, 0, part)[0] for each in (many, one))
+            np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+    many.is_full = True  # nothing more is kept: computed for each batch
+    (batch,) = many.batches(dataset.val, PLAIN, 1, [list(range(40))])
+    (kept,) = one.batches(dataset.val, PLAIN, 1, [list(range(40))])
+    np.testing.assert_allclose(batch.arrays[0], kept.arrays[0], rtol=1e-3, atol=1e-3 * np.abs(kept.arrays[0]).max())
 
 
 def test_batches_come_in_the_order_asked_for(dataset: Dataset) -> None:
@@ -290,9 +313,11 @@ def test_training_goes_on_when_the_disk_is_full(digits: Path, dataset: Dataset, 
             recipe.model_copy(update={"name": "full"}),
             dataset,
             tmp_path,
-            on_image=lambda name, done, total: fill_disk(),
-            on_step=lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, before),
-            on_note=notes.append,
+            watch=Watch(
+                on_image=lambda name, done, total: fill_disk(),
+                on_step=lambda step: resource.setrlimit(resource.RLIMIT_FSIZE, before),
+                on_note=notes.append,
+            ),
         )
     assert [note for note in notes if "the disk is full" in note] and len(notes) <= 2
     rows = [file.stat().st_size for file in feature_cache.features_folder().glob("*/*.rows")]
@@ -309,7 +334,7 @@ def test_where_nothing_can_be_kept_it_is_said(
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").touch()
     notes: list[str] = []
-    finetune(small(digits, "a", epochs=0), dataset, tmp_path, on_note=notes.append)
+    finetune(small(digits, "a", epochs=0), dataset, tmp_path, watch=Watch(on_note=notes.append))
     assert notes == ["no room for the frozen layers' features: they are computed again in each epoch"]
 
 
@@ -317,11 +342,11 @@ def test_fewer_views_than_asked_for_are_said(
     digits: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes: list[str] = []
-    finetune(small(digits, "a", epochs=0), dataset, tmp_path, on_note=notes.append)
+    finetune(small(digits, "a", epochs=0), dataset, tmp_path, watch=Watch(on_note=notes.append))
     assert notes == []
     found = sum(file.stat().st_size for file in feature_cache.features_folder().glob("*/*.rows"))
     feature_cache.make_room(MANY, 0)
     monkeypatch.setattr(sources, "CACHE_BYTES", 2 * found)
-    finetune(small(digits, "b", epochs=0), dataset, tmp_path, on_note=notes.append)
+    finetune(small(digits, "b", epochs=0), dataset, tmp_path, watch=Watch(on_note=notes.append))
     (note,) = notes
     assert re.fullmatch(r"there is room for the features of [123] views of each image, not 4", note)

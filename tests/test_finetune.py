@@ -29,7 +29,7 @@ from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, S
 from edgekit.export import export
 from edgekit.fake_quantization import fake_quantize, plain_state
 from edgekit.finetune import best_epoch, finetune, finetune_qat, resume
-from edgekit.jobs import Epoch, Step
+from edgekit.jobs import Epoch, Step, Watch
 from edgekit.recipe import Recipe, qat_recipe
 from edgekit.tasks.classify import best_temperature
 
@@ -83,7 +83,7 @@ def test_frozen_stages_do_not_move_and_the_last_ones_do(digits: Path, tmp_path: 
     recipe = small(digits, "frozen")
     dataset = read_dataset(digits)
     steps: list[Step] = []
-    done = finetune(recipe, dataset, tmp_path, on_step=steps.append)
+    done = finetune(recipe, dataset, tmp_path, watch=Watch(on_step=steps.append))
     torch.manual_seed(recipe.train.seed)
     start = tasks.TASKS["classify"].build(recipe, dataset.class_names, pretrained=False).state_dict()
     end = load_file(done.run / "state" / "last.safetensors")
@@ -108,9 +108,9 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(
     with pytest.raises(
         Interrupted, match=r"2 of 3 epochs are kept; continue with `edgekit finetune --resume .*broken`"
     ):
-        finetune(small(digits, "broken", unfrozen_fraction=unfrozen), dataset, tmp_path, on_step=stop)
+        finetune(small(digits, "broken", unfrozen_fraction=unfrozen), dataset, tmp_path, watch=Watch(on_step=stop))
     epochs: list[Epoch] = []
-    resumed = resume(tmp_path / "broken", on_epoch=epochs.append)
+    resumed = resume(tmp_path / "broken", watch=Watch(on_epoch=epochs.append))
     assert [epoch.epoch for epoch in epochs] == [3]
     assert [(r.epoch, r.val_metric, r.train_loss) for r in resumed.history] == [
         (r.epoch, r.val_metric, r.train_loss) for r in whole.history
@@ -119,7 +119,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(
         one, other = load_file(whole.run / name), load_file(resumed.run / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-    again = resume(tmp_path / "broken", on_epoch=epochs.append)
+    again = resume(tmp_path / "broken", watch=Watch(on_epoch=epochs.append))
     assert again.best.epoch == resumed.best.epoch and len(epochs) == 1
 
 
@@ -213,7 +213,7 @@ def test_an_interrupted_qat_run_ends_with_the_weights_of_one_that_was_not(
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match=r"[01] of 2 epochs are kept; continue with .*--resume .*broken"):
-        finetune_qat(source, qat(source, "broken", epochs=2), tmp_path, on_step=stop)
+        finetune_qat(source, qat(source, "broken", epochs=2), tmp_path, watch=Watch(on_step=stop))
     resumed = resume(tmp_path / "broken")
     assert [(r.epoch, r.val_loss, r.train_loss) for r in resumed.history] == [
         (r.epoch, r.val_loss, r.train_loss) for r in whole.history
@@ -362,14 +362,16 @@ def test_a_time_is_planned_by_what_a_few_steps_take(digits: Path, tmp_path: Path
     recipe, dataset = small(digits, "timed", head_epochs=0, epochs=2, views=views), read_dataset(digits)
     notes: list[str] = []
     start = time.perf_counter()
-    done = finetune(recipe, dataset, tmp_path, budget_s=8.0, on_note=notes.append)
+    done = finetune(recipe, dataset, tmp_path, budget_s=8.0, watch=Watch(on_note=notes.append))
     taken_s = time.perf_counter() - start
     planned = RunFolder(done.run).read_recipe().train
     assert 1 <= planned.epochs <= 100 and planned.patience == max(recipe.train.patience, planned.epochs // 3)
     assert f"{planned.epochs} of them are planned" in notes[0]
     assert done.stopped_early or len(done.history) == planned.epochs
     assert taken_s < 60, "a budget of 8 seconds"
-    tiny = finetune(small(digits, "tiny", views=views), dataset, tmp_path, budget_s=0.001, on_note=notes.append)
+    tiny = finetune(
+        small(digits, "tiny", views=views), dataset, tmp_path, budget_s=0.001, watch=Watch(on_note=notes.append)
+    )
     assert RunFolder(tiny.run).read_recipe().train.epochs == 1
     assert "longer than the time given" in notes[-1]
 
@@ -433,7 +435,7 @@ def test_all_that_is_random_and_all_that_is_kept_survives_an_interruption(
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        finetune(small(digits, "broken", **settings), dataset, tmp_path, on_step=stop)
+        finetune(small(digits, "broken", **settings), dataset, tmp_path, watch=Watch(on_step=stop))
     if cache == "cold":
         cold_cache()
     resumed = resume(tmp_path / "broken")
@@ -452,12 +454,12 @@ def test_a_run_that_was_killed_before_its_temperature_was_known_gets_it(
     before = contents(done.run)
     cold_cache()
     notes: list[str] = []
-    again = resume(done.run, on_image=lambda name, count, total: notes.append(name))
+    again = resume(done.run, watch=Watch(on_image=lambda name, count, total: notes.append(name)))
     assert figures(again.history) == figures(done.history)
     assert contents(done.run) == {**before, "spec.json": spec}
     notes.clear()
     cold_cache()
-    resume(done.run, on_image=lambda name, count, total: notes.append(name))
+    resume(done.run, watch=Watch(on_image=lambda name, count, total: notes.append(name)))
     assert notes == [] and contents(done.run) == {**before, "spec.json": spec}
 
 
@@ -471,11 +473,16 @@ def test_a_warm_cache_gives_the_same_run_as_a_cold_one(
     for name in ("cold", "warm"):
         computed.clear()
         recipe = small(digits, name, **EVERYTHING)
-        runs[name] = finetune(recipe, dataset, tmp_path, on_image=lambda name, count, total: computed.append(name))
+        runs[name] = finetune(
+            recipe, dataset, tmp_path, watch=Watch(on_image=lambda name, count, total: computed.append(name))
+        )
         assert bool(computed) == (name == "cold")
     stages_only = {**EVERYTHING, "head_epochs": 0}
     runs["warm from another"] = finetune(
-        small(digits, "other", **stages_only), dataset, tmp_path, on_image=lambda *told: computed.append(str(told))
+        small(digits, "other", **stages_only),
+        dataset,
+        tmp_path,
+        watch=Watch(on_image=lambda *told: computed.append(str(told))),
     )
     assert computed == [], "the later phase's features do not depend on what the earlier one computes behind them"
     cold_cache()
@@ -529,12 +536,12 @@ def test_a_full_disk_at_an_epochs_end_leaves_a_run_that_resumes(digits: Path, tm
 
     try:
         with pytest.raises(ArtifactError, match=r"cannot write .*(model|last)\.safetensors: File too large"):
-            finetune(small(digits, "full", **EVERYTHING), dataset, tmp_path, on_step=fill_disk)
+            finetune(small(digits, "full", **EVERYTHING), dataset, tmp_path, watch=Watch(on_step=fill_disk))
     finally:
         file_limit(-1)
     assert not [path for path in (tmp_path / "full").rglob("*") if ".part" in path.name]
     epochs: list[Epoch] = []
-    resumed = resume(tmp_path / "full", on_epoch=epochs.append)
+    resumed = resume(tmp_path / "full", watch=Watch(on_epoch=epochs.append))
     assert [epoch.epoch for epoch in epochs] == [4, 5]
     assert figures(resumed.history) == figures(whole.history)
     assert_same_run(whole.run, resumed.run)
@@ -545,7 +552,9 @@ def test_runs_that_cannot_be_written_are_said_before_training(digits: Path, tmp_
     (tmp_path / "file").touch()
     steps: list[Step] = []
     with pytest.raises(ArtifactError, match=r"cannot write .*file/runs/x: Not a directory"):
-        finetune(small(digits, "x"), read_dataset(digits), tmp_path / "file" / "runs", on_step=steps.append)
+        finetune(
+            small(digits, "x"), read_dataset(digits), tmp_path / "file" / "runs", watch=Watch(on_step=steps.append)
+        )
     assert steps == []
 
 
@@ -594,7 +603,7 @@ def test_where_memory_is_short_batches_are_computed_in_parts(
     whole = finetune(small(digits, "whole", **settings), dataset, tmp_path)
     greedy(monkeypatch, 10)
     notes: list[str] = []
-    parts = finetune(small(digits, "parts", **settings), dataset, tmp_path, on_note=notes.append)
+    parts = finetune(small(digits, "parts", **settings), dataset, tmp_path, watch=Watch(on_note=notes.append))
     told = [f"not enough memory: batches are computed in {count} parts from here on" for count in (2, 4)]
     assert notes == told
     one, other = load_file(whole.run / "model.safetensors"), load_file(parts.run / "model.safetensors")

@@ -146,6 +146,22 @@ def test_onnx_runtime_gives_what_torch_gives(count: int) -> None:
             np.testing.assert_allclose(found[0], expected[0].numpy(), rtol=1e-4, atol=1e-4)
 
 
+def test_for_a_gpu_batches_are_filled_up_and_cut_again() -> None:
+    """Here on a CPU: the same numbers, and always as many images for the network."""
+    trunk, _ = phased(network("lcnet_050"))
+    seen: list[int] = []
+    trunk.parts[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    run = frozen._gpu_run(frozen._Chain(trunk.parts), torch.device("cpu"))
+    parts = run(IMAGES.numpy(), 2)
+    with torch.no_grad():
+        expected: tuple[torch.Tensor, ...] = (IMAGES,)
+        for part, found in zip(trunk.parts, parts, strict=True):
+            expected = part(*expected)
+            assert found[0].shape == expected[0].shape
+            np.testing.assert_allclose(found[0], expected[0].numpy(), rtol=1e-4, atol=1e-4)
+    assert seen == [32, 2]  # the second time is the line above
+
+
 def test_an_engine_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here by asking more than float32 can hold."""
     trunk, _ = phased(network("lcnet_050"))

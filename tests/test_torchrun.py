@@ -149,6 +149,7 @@ import sys
 from pathlib import Path
 from edgekit.datasets import read_dataset
 from edgekit.finetune import finetune
+from edgekit.jobs import Watch
 from edgekit.recipe import read_recipe
 
 def stop(epoch):
@@ -156,7 +157,7 @@ def stop(epoch):
         raise KeyboardInterrupt
 
 recipe = read_recipe(Path(sys.argv[1]))
-finetune(recipe, read_dataset(Path(recipe.data.path)), Path(sys.argv[2]), on_epoch=stop)
+finetune(recipe, read_dataset(Path(recipe.data.path)), Path(sys.argv[2]), watch=Watch(on_epoch=stop))
 """
 
 

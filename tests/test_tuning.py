@@ -21,7 +21,7 @@ from edgekit import tuning
 from edgekit.datasets import Dataset, read_dataset
 from edgekit.errors import ArtifactError, ConfigError, DataError, Interrupted, SetupError
 from edgekit.finetune import Finetuned, best_epoch, finetune, resume
-from edgekit.jobs import Epoch, Step
+from edgekit.jobs import Epoch, Step, Watch
 from edgekit.recipe import Recipe, read_recipe, suggest, to_toml
 from edgekit.tuning import Standing, Train, Tuned, tune
 from edgekit.tuning_pictures import tuning_picture
@@ -34,7 +34,9 @@ def real(dataset: Dataset, on_step: Callable[[Recipe, Step], None] = lambda reci
     """Training as `edgekit finetune --tune` does it."""
 
     def train(recipe: Recipe, folder: Path, on_epoch: OnEpoch) -> Finetuned:
-        return finetune(recipe, dataset, folder, on_step=lambda step: on_step(recipe, step), on_epoch=on_epoch)
+        return finetune(
+            recipe, dataset, folder, watch=Watch(on_step=lambda step: on_step(recipe, step), on_epoch=on_epoch)
+        )
 
     return train
 
@@ -259,7 +261,7 @@ def test_a_real_run_that_is_given_up_leaves_nothing(recipe: Recipe, dataset: Dat
             if candidate.name == "trial-1":
                 raise optuna.TrialPruned
 
-        return finetune(candidate, dataset, folder, on_epoch=give_up)
+        return finetune(candidate, dataset, folder, watch=Watch(on_epoch=give_up))
 
     done = tune(recipe, dataset, 2, tmp_path, train)
     assert [trial.state for trial in done.trials] == ["complete", "pruned"] and done.best.number == 0
