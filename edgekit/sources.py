@@ -14,7 +14,7 @@ from edgekit import frozen, runner
 from edgekit.batches import batches, items_of, load_image
 from edgekit.features import PLAIN, Features, open_features
 from edgekit.jobs import Job, epoch_seed, gathered, learning_parts, phases_of, stages_of, train_order, val_order
-from edgekit.loader import Loader, worker_count
+from edgekit.loader import SHARED_MEMORY, Loader, worker_count
 from edgekit.samples import Sample
 
 CACHE_BYTES = 8 << 30  # of the features that are kept for all runs
@@ -107,8 +107,13 @@ def _image_source(job: Job, model: torch.nn.Module) -> Source:
 
 def _image_stream(job: Job) -> Callable[[Sequence[Sample], list[list[int]], int | None], Iterator[Inputs]]:
     """→ what gives the batches of samples, by their indices, changed as an epoch's seed says, or as they are (None)."""
-    workers = worker_count(job.spec, job.recipe.train.batch_size) if job.fabric.device.type == "cuda" else 0
+    if job.fabric.device.type == "cpu":
+        return partial(_by_threads, job)
+    workers = worker_count(job.spec, job.recipe.train.batch_size)
     if not workers:
+        job.watch.on_note(
+            f"too little room in {SHARED_MEMORY} (docker run --shm-size): images are prepared much slower"
+        )
         return partial(_by_threads, job)
     return partial(_by_processes, Loader(job.spec, job.recipe.augment, job.fabric.device, workers))
 

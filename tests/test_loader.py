@@ -3,18 +3,21 @@
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from edgekit import backbones, loader, runner
+from edgekit import backbones, loader, runner, sources
 from edgekit.batches import Item, batch_order, batches, items_of
 from edgekit.datasets import Dataset, read_dataset
 from edgekit.errors import DataError
+from edgekit.jobs import Job, Watch
 from edgekit.loader import Loader, normalizer, worker_count
-from edgekit.recipe import Augment
+from edgekit.recipe import Augment, make_recipe
 
 # Python 3.12 and later warn of forking beside threads; torch's loader forks on Linux.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -100,3 +103,17 @@ def test_as_many_processes_as_there_is_room_for(
     monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert worker_count(replace(SPEC, input_size=(224, 224)), 32) == workers
+
+
+def test_too_little_shared_memory_is_said(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    recipe = make_recipe({"data": {"path": "photos"}})
+    fabric = SimpleNamespace(device=torch.device("cuda"), global_rank=0, world_size=1)
+    job = Job(recipe, SPEC, dataset, cast(Any, fabric), Watch(on_note=notes.append))
+    monkeypatch.setattr(sources, "worker_count", lambda spec, batch_size: 0)
+    stream = sources._image_stream(job)
+    assert notes == ["too little room in /dev/shm (docker run --shm-size): images are prepared much slower"]
+    (found,) = stream(dataset.val, [[3, 1]], None)
+    (expected,) = batches(dataset.val, SPEC, 2, order=[[3, 1]])
+    np.testing.assert_array_equal(found.arrays[0], runner.normalize(expected.images, SPEC))
+    np.testing.assert_array_equal(found.labels, expected.labels)
