@@ -1,6 +1,7 @@
 """recipe.toml → frozen `Recipe`: every choice that a run depends on, each with a line of documentation.
 
-A recipe with every field left out is valid but for `data.path`, and trains well on a small photo data set.
+A recipe with every field left out is valid but for `data.path`, and trains well on a small photo data set: what is left
+out is what suits its task.
 Unknown keys are errors: a mistyped setting must not be ignored.
 """
 
@@ -230,10 +231,8 @@ def with_preset(recipe: Recipe, preset: str) -> Recipe:
 def suggest(data_path: str, class_names: Sequence[str], task: Task = "classify") -> Recipe:
     """What suits the task; no mirroring where the class names say that left and right matter."""
     sided = any("left" in name.lower() or "right" in name.lower() or len(name) == 1 for name in class_names)
-    suited = _SUITED[task]
     flip = {"horizontal_flip": 0.0} if sided else {}
-    augment = {**suited.get("augment", {}), **flip}
-    return Recipe.model_validate({"task": task, "data": {"path": data_path}, **suited, "augment": augment})
+    return make_recipe({"task": task, "data": {"path": data_path}, "augment": flip})
 
 
 def qat_recipe(source: Recipe, weights: Path) -> Recipe:
@@ -277,11 +276,20 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def make_recipe(raw: dict[str, object], *, origin: str = "the recipe") -> Recipe:
-    """Checks a nested dictionary and freezes it. Raises ConfigError with every fault, one a line."""
+    """Checks a nested dictionary and freezes it; what it leaves out is what suits its task.
+
+    Raises ConfigError with every fault, one a line.
+    """
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(_suited(raw))
     except ValidationError as error:
         raise ConfigError(f"{origin}: " + "; ".join(_fault(e) for e in error.errors())) from None
+
+
+def _suited(raw: dict[str, object]) -> dict[str, object]:
+    suited = next((sections for task, sections in _SUITED.items() if task == raw.get("task")), {})
+    given = {section: raw.get(section, {}) for section in suited}
+    return raw | {key: {**suited[key], **value} for key, value in given.items() if isinstance(value, dict)}
 
 
 def _fault(error: object) -> str:

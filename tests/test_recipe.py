@@ -129,6 +129,30 @@ def test_the_recipe_that_continues_a_run_quantization_aware(tmp_path: Path) -> N
     )
 
 
+def test_what_is_left_out_suits_the_task() -> None:
+    """Also in a recipe that an older `init` wrote, before a setting was there."""
+    recipe = make_recipe(
+        {"task": "segment", "data": {"path": "x"}, "train": {"epochs": 3}, "augment": {"scale": [1, 2]}}
+    )
+    assert recipe.task == "segment" and recipe.augment.scale == (1.0, 2.0)
+    assert recipe.train == Train(
+        epochs=3,
+        batch_size=16,
+        head_epochs=1,
+        unfrozen_fraction=0.65,
+        head_learning_rate=2e-3,
+        learning_rate=2e-3,
+        warmup_fraction=0.15,
+        patience=15,
+        ema_decay=0.0,
+        views=0,
+    )
+    assert make_recipe({"task": "detect", "data": {"path": "x"}}).preprocess.resize == "letterbox"
+    assert make_recipe({"task": "classify", "data": {"path": "x"}}).train == Train()
+    with pytest.raises(ConfigError, match="train: Input should be a valid dictionary"):
+        make_recipe({"task": "segment", "data": {"path": "x"}, "train": 3})
+
+
 @pytest.mark.parametrize("task", ["classify", "detect", "segment"])
 def test_presets_are_whole_recipes(task: Task) -> None:
     base = suggest("x", (), task)
