@@ -634,10 +634,10 @@ def test_the_gradients_of_parts_are_those_of_the_whole(count: int, parts: int) -
     found = []
     for number in (1, parts):
         model.zero_grad()
-        under_way = SimpleNamespace(module=model, loss=loss, parts=number)
+        under_way = SimpleNamespace(forward=model, loss=loss, parts=number)
         others = np.roll(np.arange(count), 1)
         total = learner._backward(job, under_way, (images,), labels, others, 0.7)  # type: ignore[arg-type]
-        found.append((total, [parameter.grad.clone() for parameter in model.parameters()]))  # type: ignore[union-attr]
+        found.append((float(total), [parameter.grad.clone() for parameter in model.parameters()]))  # type: ignore[union-attr]
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
     assert sizes[0] == count and sum(sizes[1:]) == count and min(sizes) >= 2
