@@ -62,6 +62,8 @@ class Trained(Protocol):
         """The epoch whose weights are kept."""
 
 
+LEAST_DECAY = 1e-9  # of the weights, that is searched around: less is as good as none
+
 # (recipe, folder, on_epoch) → the run folder/recipe.name, trained. What on_epoch raises, it lets through.
 Train = Callable[[Recipe, Path, Callable[[Epoch], None]], Trained]
 
@@ -292,7 +294,7 @@ def _space(recipe: Recipe) -> dict[str, optuna.distributions.BaseDistribution]:
     else:  # the head alone learns
         rate = train.head_learning_rate
         space["head_learning_rate"] = FloatDistribution(0.3 * rate, 3 * rate, log=True)
-    if train.weight_decay:  # there is no way from 0 on a logarithmic scale
+    if train.weight_decay > LEAST_DECAY:  # there is no way from 0 on a logarithmic scale
         space["weight_decay"] = FloatDistribution(0.1 * train.weight_decay, 3 * train.weight_decay, log=True)
     space["ema_decay"] = CategoricalDistribution(_choices(train.ema_decay, 0.0, 0.9, 0.97, 0.99, 0.995))
     if recipe.task == "classify":

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_finetune import small
@@ -369,6 +369,20 @@ shares = st.floats(0.0, 1.0)
         }
     ),
     seed=st.integers(0, 2**40),
+)
+@example(  # a tenth of which is 0
+    task="classify",
+    train={
+        "epochs": 0,
+        "unfrozen_fraction": 0.0,
+        "learning_rate": 1.0,
+        "weight_decay": 5e-324,
+        "layer_decay": 1.0,
+        "label_smoothing": 0.0,
+        "mixup": 0.0,
+        "ema_decay": 0.0,
+    },
+    seed=0,
 )
 def test_every_choice_is_a_valid_recipe_and_the_recipes_own_is_one(
     task: str, train: dict[str, float], seed: int
