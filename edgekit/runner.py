@@ -1052,9 +1052,11 @@ def _draw_masks(canvas: np.ndarray, results: Results, size: Size) -> np.ndarray:
         if canvas.shape[:2] != size:
             mask = cv2.resize(mask, canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         left, top, width, height = cv2.boundingRect(mask)
-        place = (slice(top, top + height), slice(left, left + width))
-        paint = np.full((height, width, 3), colour(result["class_id"]), np.uint8)
-        canvas[place] = cv2.copyTo(cv2.addWeighted(canvas[place], 0.5, paint, 0.5, 0), mask[place], canvas[place])
+        paint = np.full((16, width, 3), colour(result["class_id"]), np.uint8)
+        for y in range(top, top + height, 16):  # strips stay in the cache: a sixth of the time
+            place = (slice(y, y + 16), slice(left, left + width))
+            part = canvas[place]
+            canvas[place] = cv2.copyTo(cv2.addWeighted(part, 0.5, paint[: len(part)], 0.5, 0), mask[place], part)
     step = _step(canvas)
     for row, result in enumerate(shown[: max(1, canvas.shape[0] // 2 // step)]):
         text = f"{_drawable(result)} {100 * result['share']:.1f} %"
@@ -1140,26 +1142,26 @@ class NewFiles:
                 return path
 
 
-class Drawings:
+class Drawings(NewFiles):
     """Writes drawn images (JPEG) and videos (Motion JPEG in AVI, which every OpenCV can write) into a folder."""
 
     def __init__(self, folder: Path, spec: Spec) -> None:
         """Makes the folder. Raises RunnerError where it cannot."""
-        self._files = NewFiles(folder)
+        super().__init__(folder)
         self._spec = spec
-        self._video: tuple[tuple[str, Size], Any] | None = None  # what of, and its writer
+        self._video: tuple[Any, Any] | None = None  # (source, (width, height)), and its writer
 
     def add(self, frame: Frame, results: Results) -> None:
         """Draws one frame. Frames of one video and size follow each other and go into one file. Raises RunnerError."""
         assert frame.image is not None
         canvas = draw(frame.image, results, self._spec)
         if frame.frame is None:
-            _write_image(self._files.name(frame.source, ".jpg"), canvas)
+            _write_image(self.name(frame.source, ".jpg"), canvas)
             return
-        size = (canvas.shape[1], canvas.shape[0])
+        size = canvas.shape[1::-1]
         if self._video is None or self._video[0] != (frame.source, size) or frame.frame == 0:
             self.close()
-            path = self._files.name(frame.source, ".avi")
+            path = self.name(frame.source, ".avi")
             writer = cv2.VideoWriter(_opencv_path(path), cv2.VideoWriter.fourcc(*"MJPG"), frame.fps or 25.0, size)
             if not writer.isOpened():
                 raise RunnerError(f"OpenCV {cv2.__version__} cannot write the video {path}")
@@ -1182,7 +1184,7 @@ class Behind:
 
     def __init__(self, writer: Drawings) -> None:
         self._writer = writer
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(1, initializer=_give_way)
         self._waiting: deque[Future[None]] = deque()
 
     def add(self, frame: Frame, results: Results) -> None:
@@ -1199,30 +1201,28 @@ class Behind:
             self._writer.close()
 
 
-class Masks:
-    """Writes class maps of a segmentation into a folder: grey PNG of the photo's size, each pixel its class or VOID."""
+def _give_way() -> None:
+    """Where cores are few, the network goes first. (Only on Linux has each thread a niceness of its own.)"""
+    if sys.platform == "linux":
+        os.nice(10)
 
-    def __init__(self, folder: Path) -> None:
-        """Makes the folder. Raises RunnerError where it cannot."""
-        self._files = NewFiles(folder)
+
+class Masks(NewFiles):
+    """Writes class maps of a segmentation into a folder: grey PNG of the photo's size, each pixel its class or VOID."""
 
     def add(self, frame: Frame, results: Results) -> Path:
         """→ the file. Raises RunnerError where it cannot be written."""
         assert frame.image is not None
-        path = self._files.name(frame.source, ".png")
+        path = self.name(frame.source, ".png")
         _write_image(path, class_map(results, _size(frame.image)))
         return path
 
 
-class Yolo:
+class Yolo(NewFiles):
     """Writes boxes into a folder, a text file an image: class_id, middle x and y, width, height, score a line.
 
     All but the class are shares: of the photo's width or height, of 1.
     """
-
-    def __init__(self, folder: Path) -> None:
-        """Makes the folder. Raises RunnerError where it cannot."""
-        self._files = NewFiles(folder)
 
     def add(self, frame: Frame, results: Results) -> None:
         """Raises RunnerError where the file cannot be written."""
@@ -1234,7 +1234,7 @@ class Yolo:
             shares = (left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width
             figures = (*shares, (bottom - top) / height, result["score"])
             lines.append(" ".join([str(result["class_id"]), *(f"{figure:.6f}" for figure in figures)]) + "\n")
-        _write_file(self._files.name(frame.source, ".txt"), "".join(lines).encode())
+        _write_file(self.name(frame.source, ".txt"), "".join(lines).encode())
 
     def close(self) -> None:
         """Nothing is left to be done."""
@@ -1783,8 +1783,7 @@ def _bench(args: argparse.Namespace) -> int:
         return _done(model)
     print(f"{'ms':<14}{'p50':>9}{'p90':>9}{'p99':>9}")
     for stage in (*STAGES, "end_to_end"):
-        row = report[f"{stage}_ms"]
-        print(f"{stage:<14}" + "".join(map(_figure, row.values())))
+        print(f"{stage:<14}", *map(_figure, report[f"{stage}_ms"].values()), sep="")
     conditions = report["conditions"]
     print(
         f"import {IMPORT_MS:.0f} ms, load {load_ms:.0f} ms, first inference {report['first_ms']:.0f} ms; "

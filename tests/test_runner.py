@@ -1144,6 +1144,22 @@ def test_masks_are_half_transparent_and_the_background_is_left_alone() -> None:
         assert (legend[0] > 300) != painted  # the first line, of the largest class that is painted
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 100), st.integers(320, 400), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.001, 0.5, 1.0]))
+@example(1, 320, 0, 1.0)
+@example(32, 320, 0, 1.0)
+@example(33, 320, 0, 0.0)
+def test_a_mask_of_any_form_is_painted_pixel_by_pixel(height: int, width: int, seed: int, share: float) -> None:
+    random = np.random.default_rng(seed)
+    image = random.integers(0, 256, (height, width, 3), np.uint8)
+    mask = random.random((height, width)) < share
+    drawn = runner.draw(image, [some_mask(2, mask)], SEGMENT)
+    half = np.rint((image.astype(int) + runner.colour(2)) / 2)  # to even, as OpenCV rounds
+    wanted = np.where(mask[:, :, None], half, image)
+    wanted[:16, :200] = drawn[:16, :200]  # the legend
+    assert np.array_equal(drawn, wanted)
+
+
 def test_a_mask_that_is_plain_is_drawn_alike_and_a_small_image_larger() -> None:
     image, mask = some_image(20, 30), np.eye(20, 30, dtype=bool)
     drawn = runner.draw(image, [some_mask(3, mask)], SEGMENT)
@@ -1177,7 +1193,7 @@ class Slow:
         if frame.frame == self.fails_at:
             raise RunnerError("the disk is full")
         time.sleep(0.05 if 0 <= self.fails_at < (frame.frame or 0) else 0)
-        self.done.append((frame.frame, results, threading.get_ident()))
+        self.done.append((frame.frame, results, threading.get_native_id()))
 
     def close(self) -> None:
         self.done.append("closed")
@@ -1194,7 +1210,7 @@ def test_a_writer_behind_gets_all_frames_in_order_in_another_thread() -> None:
     assert slow.done.pop() == "closed"
     assert [(number, results[0]["label"]) for number, results, _ in slow.done] == [(n, str(n)) for n in range(20)]
     (thread,) = {thread for _, _, thread in slow.done}
-    assert thread != threading.get_ident()
+    assert thread != threading.get_native_id()
 
 
 def test_no_more_than_two_frames_wait() -> None:
@@ -1215,6 +1231,18 @@ def test_no_more_than_two_frames_wait() -> None:
     thread.join(60)
     behind.close()
     assert brought == [0, 1, 2] and [item[0] for item in slow.done[:3]] == [0, 1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has no niceness of its own")
+def test_a_writer_behind_gives_way_and_nobody_else_does() -> None:
+    before, slow = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), Slow()
+    slow.may_go.set()
+    with contextlib.closing(runner.Behind(slow)) as behind:  # type: ignore[arg-type]
+        for number in range(3):
+            behind.add(Frame("clip", frame=number), [])
+        _, _, thread = slow.done[0]
+        assert os.getpriority(os.PRIO_PROCESS, thread) == min(19, before + 10)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 3, 4])
@@ -1704,12 +1732,12 @@ def test_the_next_item_is_made_in_another_thread_while_the_caller_works() -> Non
     def items() -> Generator[int, None, None]:
         for event in begun[:3]:
             event.set()
-            yield threading.get_ident()
+            yield threading.get_native_id()
         begun[3].set()
 
     for event, thread in zip(begun[1:], runner.ahead(items(), 1), strict=True):
         assert event.wait(60)
-        assert thread != threading.get_ident()
+        assert thread != threading.get_native_id()
 
 
 # ---------------------------------------------------------------------------------------------------------------
